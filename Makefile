@@ -1,0 +1,40 @@
+# make train      the quickstart: an agent learns to use tools, offline, in minutes
+# make test       the test suite (at most 10 minutes on 2 cores)
+# make test-full  what needs a browser, a server or minutes of time
+# make check      style and types
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: train test test-full check clean
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Palaestra needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(PY) pyproject.toml constraints.txt
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(PY) -m pip install -q -c constraints.txt -e ".[test,endpoint]"
+	@touch $@
+
+train: $(VENV)/.train
+	$(PY) -m agents.train --env tool_qa $(ARGS)
+
+test: $(VENV)/.test check
+	$(PY) -m pytest $(ARGS)
+
+test-full: $(VENV)/.test
+	$(PY) -m pytest -m full $(ARGS)
+
+check: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
