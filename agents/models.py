@@ -1,0 +1,97 @@
+"""Where policies come from: the bundled tiny model, a run's export, a local folder, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from agents.cli import UsageError
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A causal LM in evaluation mode and its tokenizer.
+
+    `spec` is `bundled`, the folder of a run, the folder of a transformers model, or a Hugging Face id.
+    Raises UsageError saying what is missing.
+    """
+    place = locate(spec)
+    if place is None:
+        from agents import bundled
+
+        model, tokenizer = bundled.load()
+    else:
+        model, tokenizer = _from_transformers(place, dtype)
+    if model.get_output_embeddings() is None:
+        raise UsageError(f"{spec}: {type(model).__name__} has no language-model head")
+    return model.to(dtype).eval(), tokenizer
+
+
+def locate(spec: str) -> str | None:
+    """What transformers should open for `spec`; None for the bundled model."""
+    if spec == "bundled":
+        return None
+    path = Path(spec)
+    if path.is_dir():
+        if (path / "model" / "config.json").is_file():
+            return str(path / "model")
+        if (path / "metrics.jsonl").is_file() or (path / "checkpoints").is_dir():
+            raise UsageError(
+                f"{spec} is a run without an exported model; finish it first: python -m agents.train --resume {spec}"
+            )
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{spec} is not a model folder: it has no config.json")
+        return str(path)
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise UsageError(f"there is no folder {spec}")
+    return spec
+
+
+def _from_transformers(place: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"cannot load the model `{place}`: {first}. Give `bundled`, a folder, or a Hugging Face id "
+            f"(which needs network, or the model in the local cache)"
+        ) from error
+    return model, tokenizer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all weights, by name: equal for equal models, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def is_tiny(model: nn.Module) -> bool:
+    """Small enough that a second thread costs more in barriers than it computes."""
+    return parameters(model) < 20_000_000
+
+
+def export(model: nn.Module, tokenizer: Any, folder: Path, card: Iterable[str] = ()) -> None:
+    """`save_pretrained` of model and tokenizer, readable by any transformers program."""
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
