@@ -209,7 +209,7 @@ def _way_out(path: Path) -> str:
     return f"; to go on from the one before it, give --from-step {older[-1]}"
 
 
-def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
     """Copy weights into a model; CheckpointError names the first tensor that does not fit."""
     own = model.state_dict()
     for name in own.keys() | state.keys():

@@ -7,6 +7,7 @@ identity, so nothing else in the code asks how many there are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,10 @@ class World:
     def main(self) -> bool:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision where the accelerator was given it; sampler and trainer both run under it."""
+        return self.accelerator.autocast() if self.accelerator else nullcontext()
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process' items: every N-th, so that neighbours in length end up on different processes."""

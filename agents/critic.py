@@ -1,0 +1,38 @@
+"""A value model: a causal LM's trunk with a scalar head on its hidden states."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class Critic(nn.Module):
+    """Values of the states *before* each token, from a trunk of its own that starts as a copy of the policy's.
+
+    The head starts at zero, so that the first values are 0 whatever the trunk says.
+    """
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        trunk = trunk_of(policy)
+        self.trunk = copy.deepcopy(trunk)
+        weight = next(self.trunk.parameters())
+        width = policy.get_output_embeddings().weight.shape[1]
+        self.head = nn.Linear(width, 1, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.bias.zero_()
+
+    def value_N(self, hidden_NH: Tensor) -> Tensor:
+        """One value per hidden state."""
+        return self.head(hidden_NH).squeeze(-1)
+
+
+def trunk_of(model: nn.Module) -> nn.Module:
+    """The part of a causal LM that ends in hidden states."""
+    if isinstance(model, Critic):
+        return model.trunk
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if decoder is not None else model.base_model

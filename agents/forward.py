@@ -1,0 +1,75 @@
+"""From token rows to per-token streams: which positions are needed, one trunk pass, the chunked head.
+
+Entry t of a stream speaks of token t, so a log-prob at t is read from the hidden state at t − 1. Rows are padded on
+the right; under causal attention padding cannot reach a real token, so no attention mask is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from agents.critic import trunk_of
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The sampler's convention, which the trainer must share."""
+
+    temperature: float = 1.0
+    """Softmax temperature; logits are divided by it."""
+    banned: tuple[int, ...] = ()
+    """Ids that may never be sampled."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """N places in a micro-batch of b rows: token `time_N[i]` of row `row_N[i]`, never the first token of a row."""
+
+    row_N: Tensor
+    time_N: Tensor
+
+    @classmethod
+    def where(cls, wanted_bT: Tensor) -> Positions:
+        """The places where a mask is set; a row's first token has no prediction and is left out."""
+        row_N, time_N = wanted_bT[:, 1:].nonzero(as_tuple=True)
+        return cls(row_N, time_N + 1)
+
+    def __len__(self) -> int:
+        return self.row_N.numel()
+
+    def before(self, hidden_bTH: Tensor) -> Tensor:
+        """Hidden states that predict these tokens, `[N, H]`."""
+        return hidden_bTH[self.row_N, self.time_N - 1]
+
+    def take(self, x_bT: Tensor) -> Tensor:
+        """Entries of a per-token tensor, `[N]`."""
+        return x_bT[self.row_N, self.time_N]
+
+    def spread(self, x_N: Tensor, rows: int, width: int) -> Tensor:
+        """`[rows, width]` with x at these places and zero elsewhere."""
+        out_bT = x_N.new_zeros((rows, width))
+        out_bT[self.row_N, self.time_N] = x_N
+        return out_bT
+
+
+def hidden_of(model: nn.Module, tokens_bT: Tensor) -> Tensor:
+    """Last hidden states `[b, T, H]` of right-padded rows."""
+    return trunk_of(model)(input_ids=tokens_bT, use_cache=False).last_hidden_state
+
+
+def micro_batches(length_B: Tensor, budget: int) -> Iterator[Tensor]:
+    """Row indices in micro-batches of similar length, each of at most `budget` tokens, padding included.
+
+    A row longer than the budget stands alone. Order: long rows first, so that memory peaks at once.
+    """
+    order = torch.argsort(length_B, descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        longest = max(1, int(length_B[order[start]]))
+        size = max(1, budget // longest)
+        yield order[start : start + size]
+        start += size
