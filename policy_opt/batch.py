@@ -1,0 +1,315 @@
+"""Batch: trajectories as tensors and named columns.
+
+The suffix of a name is its shape: `reward_B` [rows], `adv_BT` [rows, tokens], `scores_BK` [rows, scores]. B and T are
+this batch's sizes, a digit is that very size, any other letter is free. Entry t of a per-token tensor speaks of token
+t. Shapes are checked on entry, nothing is broadcast silently, and writing over a column must be said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from policy_opt.errors import BatchError, unknown
+
+CORE = ("tokens_BT", "real_BT", "mask_BT", "logp_sampler_BT", "version_BT")
+UNITS = ("group_B", "task_B", "member_B", "seat_B", "parent_B", "turn_BT", "segment_BT")
+_SUFFIX = re.compile(r".*_([A-Z0-9]+)$")
+
+
+def dims(name: str) -> str:
+    """`adv_BT` -> `BT`; BatchError where a name has no shape suffix."""
+    match = _SUFFIX.match(name)
+    if match is None:
+        raise BatchError(f"column `{name}` has no shape suffix; call it `{name}_B`, `{name}_BT`, ...")
+    return match.group(1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows (trajectories, or segments of them) of T token positions, padded on the right."""
+
+    tokens_BT: Tensor
+    """Token ids, int64; 0 where there is no token."""
+    real_BT: Tensor
+    """True where a token stands, False on padding."""
+    mask_BT: Tensor
+    """True on the tokens that the policy sampled: the ones that are trained on."""
+    logp_sampler_BT: Tensor
+    """Log-prob of each sampled token as the sampler gave it; 0 elsewhere."""
+    version_BT: Tensor
+    """Policy version (number of optimizer steps) that sampled the token, int64."""
+    units: Mapping[str, Tensor] = field(default_factory=dict)
+    """Integer ids: per row group_B, task_B, member_B, seat_B, parent_B; per token turn_BT, segment_BT."""
+    cols: Mapping[str, Tensor] = field(default_factory=dict)
+    """Everything else by name."""
+    pairs_P2: Tensor | None = None
+    """Preference pairs as row indices (preferred, other), int64."""
+    media: Mapping[str, Tensor] | None = None
+    """Images and the like, stored once per group."""
+    soft: Mapping[str, Tensor] | None = None
+    """Records of soft (mixture) tokens, for samplers that take them."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Labels of a free axis: {"scores_BK": ("correct", "format")}."""
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Group indices, computed once and kept for as long as the units stay the same."""
+
+    def __post_init__(self) -> None:
+        if self.tokens_BT.ndim != 2:
+            raise BatchError(f"tokens_BT has shape {tuple(self.tokens_BT.shape)}, expected [B, T]")
+        for name in CORE[1:]:
+            self._check(name, getattr(self, name))
+        for name, value in (*self.units.items(), *self.cols.items()):
+            self._check(name, value)
+        if self.pairs_P2 is not None:
+            self._check("pairs_P2", self.pairs_P2)
+
+    @classmethod
+    def build(cls, *, mask_BT: Tensor, group_B: Tensor, **columns: Any) -> Batch:
+        """A batch from whatever is at hand; what is not given gets its neutral value (task = group, version 0, ...).
+
+        Columns may be tensors or nested lists; masks become bool, units int64.
+        """
+        mask = torch.as_tensor(mask_BT).bool()
+        size_b, size_t = mask.shape
+        rest = {k: v if isinstance(v, Tensor) else torch.as_tensor(v) for k, v in columns.items() if k in CORE}
+        group = torch.as_tensor(group_B).long()
+        units = {
+            "group_B": group,
+            "task_B": group,
+            "member_B": torch.zeros_like(group),
+            "seat_B": torch.zeros_like(group),
+            "parent_B": torch.full_like(group, -1),
+            "turn_BT": torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device),
+            "segment_BT": torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device),
+        }
+        special = {k: columns[k] for k in ("pairs_P2", "media", "soft", "names") if k in columns}
+        cols = {}
+        for name, value in columns.items():
+            if name in units:
+                units[name] = torch.as_tensor(value).long()
+            elif name not in CORE and name not in special:
+                cols[name] = torch.as_tensor(value)
+        return cls(
+            tokens_BT=rest.get("tokens_BT", torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device)),
+            real_BT=rest.get("real_BT", mask).bool(),
+            mask_BT=mask,
+            logp_sampler_BT=rest.get("logp_sampler_BT", torch.zeros(size_b, size_t, device=mask.device)),
+            version_BT=rest.get("version_BT", torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device)),
+            units=units,
+            cols=cols,
+            **special,
+        )
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    @property
+    def B(self) -> int:
+        """Rows."""
+        return self.tokens_BT.shape[0]
+
+    @property
+    def T(self) -> int:
+        """Token positions, padding included."""
+        return self.tokens_BT.shape[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.cols:
+            return self.cols[name]
+        if name in self.units:
+            return self.units[name]
+        if name in CORE:
+            return getattr(self, name)
+        if name == "pairs_P2" and self.pairs_P2 is not None:
+            return self.pairs_P2
+        raise BatchError(unknown("column", name, self.columns))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.cols or name in self.units or name in CORE or (
+            name == "pairs_P2" and self.pairs_P2 is not None
+        )
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Every name that can be read."""
+        pairs = ("pairs_P2",) if self.pairs_P2 is not None else ()
+        return frozenset((*CORE, *self.units, *self.cols, *pairs))
+
+    def per_token(self, stem: str) -> Tensor:
+        """`adv` -> adv_BT, or adv_B spread over the row's tokens: [B, T]. The finer column wins."""
+        if f"{stem}_BT" in self:
+            return self[f"{stem}_BT"]
+        return self[f"{stem}_B"][:, None].expand(self.B, self.T)
+
+    def index(self, unit: str = "group_B") -> tuple[Tensor, int]:
+        """Rows of a unit column numbered 0..Q-1 in order of id: (index_B, Q). Ids need not be contiguous."""
+        if unit not in self.cache:
+            ids, index = torch.unique(self[unit], return_inverse=True)
+            self.cache[unit] = (index, int(ids.numel()))
+        return self.cache[unit]
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def put(self, **columns: Tensor) -> Batch:
+        """A batch with new columns; BatchError where one is there already (see `over`)."""
+        taken = [name for name in columns if name in self]
+        if taken:
+            raise BatchError(f"column `{taken[0]}` is already written; overwrite it explicitly with `over`")
+        return self._with(columns)
+
+    def over(self, **columns: Tensor) -> Batch:
+        """A batch in which existing columns (or mask_BT, units, ...) are replaced, new ones added."""
+        return self._with(columns)
+
+    def _with(self, columns: Mapping[str, Tensor]) -> Batch:
+        for name, value in columns.items():
+            self._check(name, value)
+        core = {k: v for k, v in columns.items() if k in CORE or k == "pairs_P2"}
+        units = {k: v for k, v in columns.items() if k in self.units}
+        cols = {k: v for k, v in columns.items() if k not in core and k not in units}
+        changes: dict[str, Any] = dict(core)
+        if cols:
+            changes["cols"] = {**self.cols, **cols}
+        if units:
+            changes |= {"units": {**self.units, **units}, "cache": {}}
+        return replace(self, **changes)
+
+    def _check(self, name: str, value: Tensor) -> None:
+        sizes = {"B": self.tokens_BT.shape[0], "T": self.tokens_BT.shape[1]}
+        suffix = dims(name)
+        wanted = [int(d) if d.isdigit() else sizes.get(d) for d in suffix]
+        shape = tuple(value.shape)
+        if len(shape) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shape, strict=False)):
+            expected = ", ".join(f"{d}={w}" if w is not None else d for d, w in zip(suffix, wanted, strict=True))
+            raise BatchError(f"column `{name}` has shape {shape}, expected [{expected}]")
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def rows(self, rows_R: Tensor) -> Batch:
+        """The named rows (int64 indices) in that order; pairs keep those whose two rows are both here."""
+        def take(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v[rows_R] if dims(k).startswith("B") else v for k, v in values.items()}
+
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows_R] for name in CORE},
+            units=take(self.units),
+            cols=take(self.cols),
+            pairs_P2=None if self.pairs_P2 is None else self._pairs_of(rows_R),
+            cache={},
+        )
+
+    def _pairs_of(self, rows_R: Tensor) -> Tensor:
+        assert self.pairs_P2 is not None
+        where_B = torch.full((self.B,), -1, dtype=torch.long, device=rows_R.device)
+        where_B[rows_R] = torch.arange(rows_R.numel(), device=rows_R.device)
+        moved_P2 = where_B[self.pairs_P2]
+        return moved_P2[(moved_P2 >= 0).all(1)]
+
+    def silence(self, keep_B: Tensor) -> Batch:
+        """The same rows with an empty mask where keep_B is False: they leave numerators and denominators."""
+        return self.over(mask_BT=self.mask_BT & keep_B.bool()[:, None])
+
+    def pad(self, width: int) -> Batch:
+        """The same rows with T = width >= self.T; every new entry is 0 or False."""
+        extra = width - self.T
+        if extra < 0:
+            raise BatchError(f"cannot pad a batch of width {self.T} to {width}")
+
+        def wider(name: str, value: Tensor) -> Tensor:
+            axis = dims(name).find("T")
+            if axis < 0:
+                return value
+            shape = list(value.shape)
+            shape[axis] = extra
+            return torch.cat([value, value.new_zeros(shape)], axis)
+
+        return replace(
+            self,
+            **{name: wider(name, getattr(self, name)) for name in CORE},
+            units={k: wider(k, v) for k, v in self.units.items()},
+            cols={k: wider(k, v) for k, v in self.cols.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on a device."""
+        def move(values: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+            return None if values is None else {k: v.to(device) for k, v in values.items()}
+
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device) for name in CORE},
+            units=move(self.units),
+            cols=move(self.cols),
+            pairs_P2=None if self.pairs_P2 is None else self.pairs_P2.to(device),
+            media=move(self.media),
+            soft=move(self.soft),
+            cache={},
+        )
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors and strings, for batches that a recipe carries over (previous, replay)."""
+        state: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "cache"}
+        state["names"] = {k: list(v) for k, v in self.names.items()}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in state.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Batch:
+        """Inverse of `state_dict`."""
+        return cls(**{**state, "names": {k: tuple(v) for k, v in state["names"].items()}})
+
+
+def concat(batches: Sequence[Batch]) -> Batch:
+    """Rows of several batches under each other, padded to the widest.
+
+    They must have the same columns; pairs are moved along. BatchError names the columns that some lack.
+    """
+    if not batches:
+        raise BatchError("cannot concatenate zero batches")
+    if len(batches) == 1:
+        return batches[0]
+    lacking = set().union(*(b.columns for b in batches)) - set.intersection(*(set(b.columns) for b in batches))
+    if lacking - {"pairs_P2"}:
+        raise BatchError(f"cannot concatenate: {sorted(lacking)} are not in all batches")
+    width = max(b.T for b in batches)
+    wide = [b.pad(width) for b in batches]
+    first = wide[0]
+
+    def stack(values: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        values = list(values)
+        return {k: torch.cat([v[k] for v in values]) if dims(k).startswith("B") else values[0][k] for k in values[0]}
+
+    starts = [sum(b.B for b in wide[:i]) for i in range(len(wide))]
+    pairs = [b.pairs_P2 + start for b, start in zip(wide, starts, strict=True) if b.pairs_P2 is not None]
+    media = [b.media for b in wide if b.media is not None]
+    soft = [b.soft for b in wide if b.soft is not None]
+    return replace(
+        first,
+        **{name: torch.cat([getattr(b, name) for b in wide]) for name in CORE},
+        units=stack(b.units for b in wide),
+        cols=stack(b.cols for b in wide),
+        pairs_P2=torch.cat(pairs) if pairs else None,
+        media=_merge(media),
+        soft=_merge(soft),
+        cache={},
+    )
+
+
+def _merge(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Dicts of tensors joined by key; a key in two of them is an error, since media are stored once per group."""
+    if not parts:
+        return None
+    merged: dict[str, Tensor] = {}
+    for part in parts:
+        again = merged.keys() & part.keys()
+        if again:
+            raise BatchError(f"cannot concatenate: media {sorted(again)} stand in two batches")
+        merged.update(part)
+    return merged

@@ -1,0 +1,1 @@
+"""Recipes: one published method per file; a recipe is found because its file stands here."""
