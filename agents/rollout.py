@@ -1,0 +1,419 @@
+"""Episodes: engine + chat format + environments -> trajectories, in the order of the jobs.
+
+All running episodes share the engine's batch; as one ends the next job begins. What goes wrong in an episode is
+its outcome: an environment that raises gives a trajectory with stop reason `error:<type>` and no verdict, and
+costs no other episode anything.
+
+Turns that are cut:
+- A turn cut by its own token limit is given to the environment like any other, which decides what it is worth.
+  If play goes on, the turn is closed with tokens that are not the policy's.
+- Where the context is full, what was said is given to the environment; if that does not end the episode, it is
+  ended with `context` and graded as it stands.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from agents.chat import ChatFormat, Messages, text_of
+from agents.engines.base import Engine, Key, Sampled, Speaker
+from agents.ledger import Ledger, common_prefix
+from agents.trajectory import Trajectory, TurnInfo
+from policy_opt.protocols import Job
+
+MakeEnv = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an episode may use up, on the agent's side."""
+
+    max_turns: int = 16
+    """Policy turns; the environment may end the episode earlier."""
+    max_new_tokens: int = 128
+    """Tokens per turn."""
+    max_context: int = 2048
+    """Tokens per episode (per segment of it), fed and sampled; at most the engine's own limit."""
+    error_reward: float = 0.0
+    """Reward of an episode whose environment failed; should be the lowest that the environment gives."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_new_tokens", "max_context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a rollout is."""
+
+    done: int
+    """Episodes that are over."""
+    total: int
+    """Episodes in all."""
+    tokens: int
+    """Tokens sampled so far."""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Episode:
+    """One job in play: its environment, conversation and record. Never raises for what the environment does."""
+
+    def __init__(self, job: Job, env: Any, seed: int, limits: Limits) -> None:
+        self.job, self.env, self.limits = job, env, limits
+        self.obs: Mapping[str, Any] = {}
+        self.tools: Sequence[Mapping[str, Any]] = ()
+        self.over = False
+        self.broken = False
+        self.result = Trajectory(
+            task_id="", task_index=job.task_index, split=job.split, level=0,
+            group=job.group, member=job.member, seed=seed,
+        )  # fmt: skip
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation so far."""
+        return self.result.messages
+
+    def reset(self, options: Mapping[str, Any]) -> None:
+        """Start the environment. The members of a group share its seed, hence their start state."""
+        shared = int(np.random.SeedSequence([self.result.seed, self.job.group]).generate_state(1)[0])
+        chosen = {"index": self.job.task_index, "split": self.job.split, **options}
+        try:
+            self.obs, info = self.env.reset(seed=shared, options=chosen)
+            self.messages.extend(dict(m) for m in self.obs["messages"])
+            self.tools = self.obs.get("tools", ())
+            self.result.task_id = str(info.get("task_id", ""))
+            self.result.level = int(info.get("level", options.get("level") or 0))
+        except Exception as error:
+            self._fail(error)
+
+    def say(self, text: str, stop: str) -> None:
+        """Give a turn to the environment."""
+        turn = len(self.result.turns)
+        self.messages.append({"role": "assistant", "content": text})
+        try:
+            self.obs, reward, terminated, truncated, info = self.env.step(text)
+            calls, errors = _calls_of(info)
+            self.result.turns.append(TurnInfo(text, float(reward), calls, errors, stop))
+            if terminated or truncated:
+                self._conclude(info)
+            elif turn + 1 >= self.limits.max_turns:
+                self.finish("max_turns")
+            else:
+                self.messages.extend(dict(m) for m in self.obs["messages"])
+                self.tools = self.obs.get("tools", self.tools)
+        except Exception as error:
+            if len(self.result.turns) == turn:
+                self.result.turns.append(TurnInfo(text, stop=stop))
+            self._fail(error)
+
+    def finish(self, reason: str) -> None:
+        """End the episode from the agent's side; it is graded as it stands."""
+        if self.over:
+            return
+        try:
+            reward, info = self.env.finish(reason)
+            if self.result.turns:
+                self.result.turns[-1] = replace(self.result.turns[-1], reward=float(reward))
+            self._conclude({"stop_reason": reason, **info})
+        except Exception as error:
+            self._fail(error)
+
+    def _conclude(self, info: Mapping[str, Any]) -> None:
+        self.over = True
+        self.result.verdict = info["verdict"]
+        self.result.reward = float(info["verdict"].reward)
+        self.result.stop_reason = str(info["stop_reason"])
+        facts = info["verdict"].facts
+        if not self.result.level and isinstance(facts.get("level"), int):
+            self.result.level = facts["level"]
+
+    def _fail(self, error: Exception) -> None:
+        self.over = self.broken = True
+        self.result.verdict = None
+        self.result.reward = self.limits.error_reward
+        self.result.stop_reason = f"error:{type(error).__name__}"
+        self.result.facts["error"] = str(error)[:500]
+
+
+class Playing:
+    """An episode between chat format and engine: its tokens."""
+
+    def __init__(
+        self, episode: Episode, chat: ChatFormat, engine: Engine, limits: Limits, version: int
+    ) -> None:
+        self.episode, self.chat, self.engine, self.limits = episode, chat, engine, limits
+        self.key = key_of(episode.job)
+        self.ledger = Ledger()
+        self.room = min(limits.max_context, engine.max_context)
+        self.turn = Sampled((), (), "stop")
+        result = episode.result
+        result.ledger, result.version = self.ledger, version
+        result.sampler = getattr(engine, "params", result.sampler)
+
+    def open(self) -> None:
+        """Feed the opening and ask for the first turn."""
+        episode = self.episode
+        if episode.over:
+            return
+        ids = self.chat.opening(episode.messages, episode.tools)
+        if episode.job.hint is None:
+            self._feed(ids)
+        else:
+            hinted = self.chat.opening(with_hint(episode.messages, episode.job.hint), episode.tools)
+            self._feed(hinted, privileged=_added(ids, hinted))
+
+    def hear(self, turn: Sampled) -> None:
+        """Record a sampled turn."""
+        self.turn = turn
+        self.ledger.act(turn.ids, turn.logps, len(self.episode.result.turns), self.episode.result.version)
+
+    def speak(self) -> None:
+        """Give the turn to the environment. Touches nothing shared, so that threads may do it."""
+        if self.turn.ids:
+            self.episode.say(self.chat.decode(self.turn.ids), self.turn.stop)
+
+    def follow(self) -> None:
+        """Feed what the environment answered and ask for the next turn, or end for want of room."""
+        episode, stop = self.episode, self.turn.stop
+        if episode.over:
+            return
+        if stop == "context":
+            episode.finish("context")
+            return
+        new = len(episode.obs["messages"])
+        history, messages = episode.messages[: len(episode.messages) - new], episode.obs["messages"]
+        if self.chat.rewrites(history, messages, episode.tools):
+            self.engine.close(self.key)
+            self._feed(self.chat.opening(episode.messages, episode.tools), branch=True)
+        else:
+            self._feed(self.chat.continuation(
+                messages, history=history, tools=episode.tools, stopped=stop == "stop"
+            ))  # fmt: skip
+
+    def _feed(self, ids: Sequence[int], *, branch: bool = False, privileged: range = range(0)) -> None:
+        held = 0 if branch else len(self.ledger.segments[-1])
+        if held + len(ids) >= self.room:
+            self.episode.finish("context")
+            return
+        turn, cut = len(self.episode.result.turns), (privileged.start, privileged.stop)
+        if branch:
+            self.ledger.branch(ids, turn)
+        else:
+            self.ledger.observe(ids[: cut[0]], turn)
+            self.ledger.observe(ids[cut[0] : cut[1]], turn, privileged=True)
+            self.ledger.observe(ids[cut[1] :], turn)
+        job = self.episode.job
+        stream = (self.episode.result.seed, job.group, job.member, turn)
+        budget = min(self.limits.max_new_tokens, self.room - held - len(ids))
+        self.engine.turn(self.key, ids, stream, budget)
+
+
+class EnvPool:
+    """Environments that wait for their next episode. Those that failed are closed, not used again."""
+
+    def __init__(self, make_env: MakeEnv) -> None:
+        self._make, self._idle = make_env, []
+
+    def take(self) -> Any:
+        """An idle environment, or a new one."""
+        return self._idle.pop() if self._idle else self._make()
+
+    def give(self, env: Any, *, broken: bool) -> None:
+        """Hand an environment back."""
+        if not broken:
+            self._idle.append(env)
+            return
+        with suppress(Exception):
+            env.close()
+
+    def close(self) -> None:
+        """Close all idle environments."""
+        while self._idle:
+            self.give(self._idle.pop(), broken=True)
+
+
+def play(
+    jobs: Sequence[Job],
+    make_env: MakeEnv,
+    chat: ChatFormat,
+    engine: Engine,
+    limits: Limits,
+    seed: int,
+    version: int | None = None,
+    on_progress: OnProgress | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    pool: EnvPool | None = None,
+) -> list[Trajectory]:
+    """Play all jobs; the trajectories stand in the order of the jobs.
+
+    Args:
+        jobs: which tasks; (group, member) names the episode and, with the run's seed, its random streams.
+        make_env: builds an environment; called at most once per concurrent episode.
+        chat: messages to tokens.
+        engine: samples; it is reset first, because what it keeps may be of older weights.
+        limits: what an episode may use up.
+        seed: the run's seed.
+        version: policy version for the record; None takes the engine's.
+        on_progress: told whenever episodes end.
+        options: further reset options (`level`, ...).
+        workers: threads that step environments; 0 steps them in turn, which is faster below ~1 ms a step.
+        pool: environments kept between calls; None makes them anew and closes them at the end.
+
+    Raises:
+        ValueError: two jobs of one name, or a job that asks for more than a fresh episode.
+        ChatFormatError: the chat template cannot render this environment's messages.
+    """
+    _check(jobs)
+    engine.reset()
+    own = EnvPool(make_env) if pool is None else pool
+    version = engine.version if version is None else version
+    waiting, running, finished, tokens = deque(jobs), {}, {}, 0
+    with _each(workers) as each:
+        while waiting or running:
+            fresh = [
+                Playing(Episode(waiting.popleft(), own.take(), seed, limits), chat, engine, limits, version)
+                for _ in range(min(len(waiting), engine.rows - len(running)))
+            ]
+            running |= {p.key: p for p in fresh}
+            each(lambda p: p.episode.reset(options or {}), fresh)
+            for p in fresh:
+                p.open()
+            heard = []
+            for key, turn in engine.run():
+                running[key].hear(turn)
+                heard.append(running[key])
+                tokens += len(turn.ids)
+            each(Playing.speak, heard)
+            for p in heard:
+                p.follow()
+            over = [p for p in (*fresh, *heard) if p.episode.over and p.key in running]
+            for p in over:
+                engine.close(p.key)
+                del running[p.key]
+                finished[p.key] = p.episode.result
+                own.give(p.episode.env, broken=p.episode.broken)
+            if over and on_progress is not None:
+                on_progress(Progress(len(finished), len(jobs), tokens))
+    if pool is None:
+        own.close()
+    return [finished[key_of(job)] for job in jobs]
+
+
+def play_text(
+    jobs: Sequence[Job],
+    make_env: MakeEnv,
+    speaker: Speaker,
+    limits: Limits,
+    seed: int,
+    on_progress: OnProgress | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    workers: int = 0,
+    pool: EnvPool | None = None,
+) -> list[Trajectory]:
+    """`play` for speakers without tokens; `ledger` is None. `workers` episodes run at once (0: one by one).
+
+    A speaker that fails (`Said.stop` is `error:...`) ends its episode with that stop reason; it is graded as it
+    stands.
+    """
+    _check(jobs)
+    own = EnvPool(make_env) if pool is None else pool
+    done = tokens = 0
+    lock = Lock()
+
+    def one(job: Job) -> Trajectory:
+        nonlocal done, tokens
+        with lock:
+            env = own.take()
+        episode = Episode(job, env, seed, limits)
+        episode.reset(options or {})
+        used = 0 if episode.over else _converse(episode, speaker, limits)
+        with lock:
+            own.give(env, broken=episode.broken)
+            done, tokens = done + 1, tokens + used
+            if on_progress is not None:
+                on_progress(Progress(done, len(jobs), tokens))
+        return episode.result
+
+    with _each(workers) as each:
+        results = each(one, jobs)
+    if pool is None:
+        own.close()
+    return results
+
+
+def _converse(episode: Episode, speaker: Speaker, limits: Limits) -> int:
+    """Play one episode in text; the tokens that the speaker counted."""
+    job, tokens = episode.job, 0
+    voice = speaker.begin(episode.env, (episode.result.seed, job.group, job.member))
+    while not episode.over:
+        said = voice(episode.messages, episode.obs, limits.max_new_tokens)
+        tokens += said.tokens
+        if said.stop.startswith("error:"):
+            episode.finish(said.stop)
+        else:
+            episode.say(said.text, said.stop)
+    return tokens
+
+
+def key_of(job: Job) -> Key:
+    """Name of a job's episode."""
+    return job.group, job.member
+
+
+def with_hint(messages: Messages, hint: str) -> list[dict[str, Any]]:
+    """The conversation with privileged text after its last user message (as a message of its own if none)."""
+    out = [dict(m) for m in messages]
+    for message in reversed(out):
+        if message["role"] == "user":
+            message["content"] = f"{text_of(message['content'])}\n\n{hint}"
+            return out
+    return [*out, {"role": "user", "content": hint}]
+
+
+def _added(plain: Sequence[int], hinted: Sequence[int]) -> range:
+    """Which of `hinted`'s tokens are not in `plain`: what lies between their common beginning and common end."""
+    start = common_prefix(plain, hinted)
+    return range(start, len(hinted) - common_prefix(plain[start:][::-1], hinted[start:][::-1]))
+
+
+def _calls_of(info: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the tools called in a step, and the kinds of error among their results."""
+    results = info.get("tool_results", ())
+    names = tuple(str(getattr(r.call, "name", "?")) for r in results)
+    return names, tuple(str(r.error) for r in results if r.error)
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    seen: set[Key] = set()
+    for job in jobs:
+        if key_of(job) in seen:
+            raise ValueError(f"two jobs are called (group, member) = {key_of(job)}")
+        seen.add(key_of(job))
+        for what in ("edit", "resume", "demo", "rescore"):
+            if getattr(job, what):
+                raise ValueError(f"job {key_of(job)} asks for `{what}`; a rollout plays fresh episodes")
+
+
+@contextmanager
+def _each(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]]:
+    """A `map` that runs in threads, or in turn where `workers` is 0; results in order."""
+    if workers <= 0:
+        yield lambda fn, items: [fn(item) for item in items]
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="env") as threads:
+        yield lambda fn, items: list(threads.map(fn, items))
