@@ -1,4 +1,4 @@
-"""The doctor: what a run's numbers say about its health, each finding with a bound and one sentence of advice.
+"""The doctor: what a run's numbers say about its health, each finding with a bound and a sentence of advice.
 
 `diagnose` is a pure function of the metrics so far (one mapping a step) and the evaluations so far, cheap
 enough to be called after every step. A check whose metric is missing says nothing. Rates look at the last

@@ -1,0 +1,200 @@
+"""From a run folder to the page: what is there is shown, what is missing or damaged is left out and said."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agents import stats
+from agents.doctor import diagnose
+from agents.report.episodes import BLOCK, Entry, Scales, TokenTable, clip, detail, rounded, table_row
+from agents.report.render import Page
+
+TABLE = ("step", "level", "task", "reward", "calls", "length", "stop", "split", "correct", "member", "unit")
+HEADING = ("env", "algo", "model", "seed", "level")
+"""Options that stand under the title."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder as read: plain data, whatever state the run is in."""
+
+    name: str
+    """Name of the folder."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Resolved options; empty where there is no config.json."""
+    metrics: Sequence[Mapping[str, Any]] = ()
+    """One mapping a step."""
+    evals: Sequence[Mapping[str, Any]] = ()
+    """One mapping an evaluation, as `EvalResult.as_dict` writes it."""
+    notes: tuple[str, ...] = ()
+    """What could not be read."""
+
+
+def read(run: Path) -> RunData:
+    """Everything but the trajectories."""
+    notes: list[str] = []
+    config: dict[str, Any] = {}
+    if (run / "config.json").is_file():
+        try:
+            loaded = json.loads((run / "config.json").read_text(encoding="utf-8", errors="replace"))
+            config = loaded if isinstance(loaded, dict) else {}
+        except (ValueError, RecursionError):
+            notes.append("config.json cannot be read")
+    metrics = _lines(run / "metrics.jsonl", notes)
+    evals = [e for e in _lines(run / "eval.jsonl", notes) if _is_evaluation(e)]
+    return RunData(run.resolve().name, config, metrics, evals, tuple(notes))
+
+
+def page(run: RunData, entries: Iterable[Entry], total: int, tokenizer: Any | None, command: str) -> Page:
+    """The report of a run. `entries` are the trajectories to keep, `total` how many the run has."""
+    tokens, scales = TokenTable(tokenizer), Scales()
+    call_format = str(_find(run.config, "call_format") or "hermes")
+    units: dict[tuple[Any, ...], int] = {}
+    rows: list[dict[str, Any]] = []
+    details: list[dict[str, Any]] = []
+    for entry in entries:
+        t = entry.trajectory
+        unit = units.setdefault((entry.step, t.split, t.group, t.task_id), len(units))
+        rows.append(table_row(entry, unit))
+        details.append(detail(entry, tokens, scales, call_format))
+    steps, columns = _curves(run.metrics)
+    summary = {
+        "metrics": {"steps": steps, "columns": columns},
+        "evals": [_evaluation(e, run) for e in run.evals],
+        "gain": _gain(run.evals),
+        "findings": [asdict(f) for f in diagnose(run.metrics, run.evals)],
+        "config": list(flatten(run.config)),
+        "table": {name: [row[name] for row in rows] for name in TABLE}
+        | {"count": len(rows), "total": total, "note": _note(len(rows), total, run.notes)},
+        "columns": sorted(scales.specs(), key=lambda c: _column_rank(c["name"])),
+        "tokens": tokens.texts(),
+        "ids": tokens.ids,
+        "special": tokens.special(),
+        "block_size": BLOCK,
+    }
+    blocks = [details[i : i + BLOCK] for i in range(0, len(details), BLOCK)]
+    written = time.strftime("%Y-%m-%d %H:%M")
+    return Page(
+        run.name, _heading(run), summary, blocks, f"Written {written} by {command}; nothing is fetched."
+    )
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested options as dotted names and short texts."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", clip(json.dumps(value) if not isinstance(value, str) else value, 400)[0]
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; lines that are none are counted in the notes."""
+    if not path.is_file():
+        return []
+    out, damaged = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            out.append(value)
+        elif line.strip():
+            damaged += 1
+    if damaged:
+        notes.append(f"{path.name}: {damaged} damaged lines left out")
+    return out
+
+
+def _is_evaluation(record: Mapping[str, Any]) -> bool:
+    success = record.get("success")
+    return (
+        isinstance(success, list) and len(success) == 3 and all(isinstance(v, int | float) for v in success)
+    )
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[Any]]]:
+    """Steps and, by name, every metric that is a number somewhere."""
+    steps = [
+        int(step) if isinstance(step := row.get("step"), int | float) else i for i, row in enumerate(metrics)
+    ]
+    names = dict.fromkeys(name for row in metrics for name in row if name != "step")
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in metrics]
+        if any(isinstance(v, int | float) for v in values):
+            columns[name] = [rounded(v) if isinstance(v, int | float) else None for v in values]
+    return steps, columns
+
+
+def _evaluation(record: Mapping[str, Any], run: RunData) -> dict[str, Any]:
+    """What the table and the success curve need of one evaluation."""
+    level = record.get("level")
+    about = [str(record[key]) for key in ("env", "split") if record.get(key)]
+    about += [f"level {level}"] if level is not None else []
+    env = _find(run.config, "env")
+    steps = [row["step"] for row in run.metrics if isinstance(row.get("step"), int | float)]
+    known = {"before": min(steps, default=None), "after": max(steps, default=None)}
+    step = record.get("step", known.get(str(record.get("label"))))
+    keep = (
+        "label",
+        "success",
+        "pass_at",
+        "tool_calls",
+        "productivity",
+        "episodes",
+        "failure_share",
+        "marked",
+    )
+    shown = {key: record.get(key) for key in keep} | {"about": ", ".join(about), "step": step}
+    shown["levels"] = [row for row in record.get("levels") or () if _is_evaluation(row)]
+    shown["tool_calls"] = record.get("tool_calls") or [None, None, None]
+    shown["main"] = record.get("level") == _find(run.config, "level") and env in (None, record.get("env"))
+    return shown
+
+
+def _gain(evals: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Paired difference of success, after less before, where both were played on the same tasks."""
+    by_label = {e.get("label"): e for e in evals}
+    before, after = by_label.get("before"), by_label.get("after")
+    if before is None or after is None or not before.get("tasks_key"):
+        return None
+    if before.get("tasks_key") != after.get("tasks_key"):
+        return None
+    try:
+        return list(stats.paired_difference(after["correct"], before["correct"]))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _note(shown: int, total: int, notes: Sequence[str]) -> str:
+    kept = f"{shown} of {total}, whole groups spread over the steps" if shown < total else ""
+    return "; ".join([*([kept] if kept else []), *notes])
+
+
+def _heading(run: RunData) -> list[tuple[str, str]]:
+    facts = [
+        (name, clip(_find(run.config, name), 120)[0])
+        for name in HEADING
+        if _find(run.config, name) not in (None, "")
+    ]
+    return facts
+
+
+def _find(config: Mapping[str, Any], name: str) -> Any:
+    """An option by name, at the top or one level down."""
+    if name in config:
+        return config[name]
+    inner = (value for value in config.values() if isinstance(value, Mapping))
+    return next((value[name] for value in inner if name in value), None)
+
+
+def _column_rank(name: str) -> tuple[int, str]:
+    order = ("logp", "adv", "entropy", "mask", "version")
+    return (order.index(name) if name in order else 2, name)
