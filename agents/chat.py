@@ -1,11 +1,11 @@
 """Chat formats over the tokenizer's own chat template, safe against forged roles and exact to the token.
 
 The template is rendered with placeholders where texts stand. Its own pieces are tokenised with special tokens
-recognised; every text is tokenised alone with special tokens split, so that no text, tool output included, can
-forge a role marker, and no token ever straddles the border between template and text. A rendered conversation is
-therefore a sequence of blocks, and "the tokens of the first k messages are a prefix of the tokens of k + 1" is
-a statement about blocks, which `verify` checks once per template. A template that rewrites history (thinking
-models strip earlier thoughts) makes the ledger branch: see `rewrites`.
+recognised; every text is tokenised alone with special tokens split, so that no text, tool output included,
+can forge a role marker, and no token ever straddles the border between template and text. A rendered
+conversation is therefore a sequence of blocks, and "the tokens of the first k messages are a prefix of the
+tokens of k + 1" is a statement about blocks, which `verify` checks once per template. A template that
+rewrites history (thinking models strip earlier thoughts) makes the ledger branch: see `rewrites`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class ChatFormat:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        vocab_size: rows of the model's output matrix; ids that the tokenizer does not know are then banned, too.
+        vocab_size: rows of the model's output matrix; ids that the tokenizer does not know are then banned,
+            too.
         template_kwargs: passed on to the template (`enable_thinking`, ...).
 
     Attributes:
@@ -75,8 +76,8 @@ class ChatFormat:
         if not getattr(tokenizer, "chat_template", None):
             where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise ChatFormatError(
-                f"{where} has no chat template, so messages cannot be turned into tokens. Use an instruct or chat "
-                f"model, or add a `chat_template.jinja` (or `chat_template` in tokenizer_config.json) to its folder."
+                f"{where} has no chat template, so messages cannot be turned into tokens. Use an instruct or "
+                f"chat model, or add a `chat_template.jinja` to its folder"
             )
         added = _added_tokens(tokenizer)
         self._protected: dict[str, int] = {text: i for text, (i, special) in added.items() if special}
@@ -113,15 +114,16 @@ class ChatFormat:
         tools: Sequence[Mapping[str, Any]] = (),
         stopped: bool = True,
     ) -> list[int]:
-        """Ids that follow a sampled assistant turn: the rest of its closing, the new messages, the next prompt.
+        """Ids that follow a sampled assistant turn: the rest of its closing, the new messages, the next
+        prompt.
 
         Args:
             messages: what the environment said since.
-            history: the conversation up to and including the assistant's turn; may be left out for templates that
-                only append.
+            history: the conversation up to and including the assistant's turn; may be left out for templates
+                that only append.
             tools: the tools' schemas, as given to `opening`.
-            stopped: whether the policy sampled its stop token; if not (the turn was cut by length), the closing
-                begins with it.
+            stopped: whether the policy sampled its stop token; if not (the turn was cut by length), the
+                closing begins with it.
 
         Raises:
             ChatFormatError: this step rewrites history (see `rewrites`); open a new segment with `opening`.
@@ -137,7 +139,7 @@ class ChatFormat:
         ids = self._ids(blocks, texts)
         if ids[:1] != [self.stop_ids[0]]:
             raise ChatFormatError(
-                "the chat template closes an assistant's turn differently before these messages"
+                "the template closes an assistant's turn differently before these messages"
             )
         return ids[1:] if stopped else ids
 
@@ -148,7 +150,9 @@ class ChatFormat:
         return self.mode == "branch" and self._tail(history, messages, tools) is None
 
     def turn_ids(self, text: str) -> list[int]:
-        """A demonstrated assistant turn as the policy would sample it: text with special tokens split, stop id."""
+        """A demonstrated assistant turn as the policy would sample it: text with special tokens split, stop
+        id.
+        """
         return [*self.encode_text(text), self.stop_ids[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -174,8 +178,8 @@ class ChatFormat:
     def verify(self) -> str:
         """Check the prefix property for the roles that environments use; returns the mode.
 
-        `append`: the tokens so far are always a prefix. `branch`: for some conversations they are not (a note is
-        given as a warning), and each step is checked with `rewrites`.
+        `append`: the tokens so far are always a prefix. `branch`: for some conversations they are not (a
+        note is given as a warning), and each step is checked with `rewrites`.
 
         Raises:
             ChatFormatError: texts are dropped or repeated, or a text can forge a role marker.
@@ -192,7 +196,7 @@ class ChatFormat:
         follow_ups = [f for f in candidates if self._accepts([user, plain, *f])]
         if not follow_ups:
             raise ChatFormatError(
-                "the chat template accepts neither a user nor a tool message after the assistant's"
+                "the chat template takes neither a user nor a tool message after the assistant's"
             )
         rewriting = set()
         for start in openings:
@@ -311,7 +315,9 @@ class ChatFormat:
         return self._tools_seen[1]
 
     def _safe_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Schemas are rendered as template text, so a role marker inside them is broken by a zero-width space."""
+        """Schemas are rendered as template text, so a role marker inside them is broken by a zero-width
+        space.
+        """
 
         def clean(value: Any) -> Any:
             if isinstance(value, str):

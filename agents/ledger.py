@@ -1,8 +1,9 @@
 """The token record of an episode: what the engine was fed and what it sampled, verbatim.
 
-Model text is never tokenised again: sampled ids stand here exactly as they left the sampler, with the sampler's
-log-probs. Environment text is tokenised once, alone, and recorded with mask 0. Where a chat template rewrites
-history, a new segment begins that names its parent. The concatenation of a segment is the row that is trained on.
+Model text is never tokenised again: sampled ids stand here exactly as they left the sampler, with the
+sampler's log-probs. Environment text is tokenised once, alone, and recorded with mask 0. Where a chat
+template rewrites history, a new segment begins that names its parent. The concatenation of a segment is the
+row that is trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ class Span:
     """A marked stretch of one segment: an image's expanded placeholder tokens, or privileged text."""
 
     kind: str
-    """`image` (its `ref` names the picture) or `privileged` (hints, solutions, feedback; never in evaluation)."""
+    """`image` (its `ref` names the picture) or `privileged` (hints, solutions, feedback; never in
+    evaluation).
+    """
     start: int
     """First token, an index into the segment."""
     length: int
@@ -37,11 +40,15 @@ class Segment:
     mask: list[int] = field(default_factory=list)
     """1 where the policy sampled the token (its stop token included), 0 elsewhere."""
     logp: list[float] = field(default_factory=list)
-    """The sampler's log-prob in nats (full softmax at its temperature, banned ids removed); 0 where mask is 0."""
+    """The sampler's log-prob in nats (full softmax at its temperature, banned ids removed); 0 where mask is
+    0.
+    """
     version: list[int] = field(default_factory=list)
     """Policy version that sampled the token; -1 where mask is 0."""
     turn: list[int] = field(default_factory=list)
-    """Index of the policy turn that the token belongs to; environment text carries the turn that it leads to."""
+    """Index of the policy turn that the token belongs to; environment text carries the turn that it leads
+    to.
+    """
     spans: list[Span] = field(default_factory=list)
     """Images and privileged text."""
 
@@ -103,7 +110,8 @@ class Ledger:
         """Append tokens exactly as sampled, the stop token included.
 
         Raises:
-            LedgerError: ids and log-probs differ in number, or nothing was fed before the first sampled token.
+            LedgerError: ids and log-probs differ in number, or nothing was fed before the first sampled
+                token.
         """
         n, segment = len(ids), self.segments[-1]
         if len(logps) != n:
@@ -124,5 +132,7 @@ class Ledger:
         self.observe(ids, turn)
 
     def concat(self, segment: int = -1) -> list[int]:
-        """The ids of one segment: what the engine holds for this row (plus a last turn it has not been fed yet)."""
+        """The ids of one segment: what the engine holds for this row (plus a last turn it has not been fed
+        yet).
+        """
         return list(self.segments[segment].ids)

@@ -1,14 +1,14 @@
 """Episodes: engine + chat format + environments -> trajectories, in the order of the jobs.
 
-All running episodes share the engine's batch; as one ends the next job begins. What goes wrong in an episode is
-its outcome: an environment that raises gives a trajectory with stop reason `error:<type>` and no verdict, and
-costs no other episode anything.
+All running episodes share the engine's batch; as one ends the next job begins. What goes wrong in an episode
+is its outcome: an environment that raises gives a trajectory with stop reason `error:<type>` and no verdict,
+and costs no other episode anything.
 
 Turns that are cut:
-- A turn cut by its own token limit is given to the environment like any other, which decides what it is worth.
-  If play goes on, the turn is closed with tokens that are not the policy's.
-- Where the context is full, what was said is given to the environment; if that does not end the episode, it is
-  ended with `context` and graded as it stands.
+- A turn cut by its own token limit is given to the environment like any other, which decides what it is
+  worth. If play goes on, the turn is closed with tokens that are not the policy's.
+- Where the context is full, what was said is given to the environment; if that does not end the episode, it
+  is ended with `context` and graded as it stands.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ OnProgress = Callable[[Progress], None]
 
 
 class Episode:
-    """One job in play: its environment, conversation and record. Never raises for what the environment does."""
+    """One job in play: its environment, conversation and record. Never raises for what the environment
+    does.
+    """
 
     def __init__(self, job: Job, env: Any, seed: int, limits: Limits) -> None:
         self.job, self.env, self.limits = job, env, limits
@@ -327,8 +329,8 @@ def play_text(
 ) -> list[Trajectory]:
     """`play` for speakers without tokens; `ledger` is None. `workers` episodes run at once (0: one by one).
 
-    A speaker that fails (`Said.stop` is `error:...`) ends its episode with that stop reason; it is graded as it
-    stands.
+    A speaker that fails (`Said.stop` is `error:...`) ends its episode with that stop reason; it is graded as
+    it stands.
     """
     _check(jobs)
     own = EnvPool(make_env) if pool is None else pool
@@ -386,7 +388,9 @@ def with_hint(messages: Messages, hint: str) -> list[dict[str, Any]]:
 
 
 def _added(plain: Sequence[int], hinted: Sequence[int]) -> range:
-    """Which of `hinted`'s tokens are not in `plain`: what lies between their common beginning and common end."""
+    """Which of `hinted`'s tokens are not in `plain`: what lies between their common beginning and common
+    end.
+    """
     start = common_prefix(plain, hinted)
     return range(start, len(hinted) - common_prefix(plain[start:][::-1], hinted[start:][::-1]))
 

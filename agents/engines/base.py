@@ -1,4 +1,6 @@
-"""The engine protocol: token ids in, token ids and log-probs out; a row per episode, kept between its turns."""
+"""The engine protocol: token ids in, token ids and log-probs out; a row per episode, kept between its
+turns.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ Stop = Literal["stop", "length", "context"]
 class SampleParams:
     """How tokens are drawn. Recorded with every trajectory: the trainer must use the same convention.
 
-    Log-probs are those of the softmax over all ids that may be sampled, at this temperature, *before* top-k and
-    top-p cut it, so that they are comparable with the trainer's whatever the truncation.
+    Log-probs are those of the softmax over all ids that may be sampled, at this temperature, *before* top-k
+    and top-p cut it, so that they are comparable with the trainer's whatever the truncation.
     """
 
     temperature: float = 1.0
@@ -70,10 +72,14 @@ class Engine(Protocol):
     """Version of the policy that samples."""
 
     def turn(self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int) -> None:
-        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by `seed`."""
+        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by
+        `seed`.
+        """
 
     def run(self) -> list[tuple[Key, Sampled]]:
-        """Advance until at least one row finished its turn; [] if none has a turn to finish. Ordered by key."""
+        """Advance until at least one row finished its turn; [] if none has a turn to finish. Ordered by
+        key.
+        """
         ...
 
     def close(self, key: Key) -> None:

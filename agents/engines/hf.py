@@ -1,11 +1,11 @@
 """Samples many episodes at once from a transformers causal LM: the same module that the trainer updates.
 
 Each open row keeps its keys and values between turns (`Slots`), so a turn costs only the tokens it adds. One
-forward serves every row that has tokens pending: rows in the middle of a turn bring one, rows that begin a turn
-bring the environment's text. Nothing is padded except inside attention.
+forward serves every row that has tokens pending: rows in the middle of a turn bring one, rows that begin a
+turn bring the environment's text. Nothing is padded except inside attention.
 
-What is sampled does not depend on scheduling: uniforms belong to (run seed, group, member, turn), and rows are
-admitted and reported in the order of their keys.
+What is sampled does not depend on scheduling: uniforms belong to (run seed, group, member, turn), and rows
+are admitted and reported in the order of their keys.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class HFEngine:
     """Engine over a transformers causal LM.
 
     Args:
-        model: any causal LM; used as it stands, so that weight updates are seen at once (call `reset` after one).
+        model: any causal LM; used as it stands, so that weight updates are seen at once (call `reset` after
+            one).
         stop_ids: sampled ids that end a turn.
         banned_ids: ids that get probability 0; the trainer must remove the same ones.
         params: temperature, top-k, top-p and the longest turn.
@@ -84,7 +85,8 @@ class HFEngine:
     # ------------------------------------------------------------------ protocol
 
     def turn(self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int) -> None:
-        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by `seed`.
+        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by
+        `seed`.
 
         Raises:
             ValueError: the row is in the middle of a turn, or a new row is fed nothing.
@@ -198,7 +200,9 @@ class HFEngine:
     # ------------------------------------------------------------------ start-up
 
     def _verify(self) -> None:
-        """Play two short turns on four rows and compare with plain forwards; fall back to recomputing if they differ."""
+        """Play two short turns on four rows and compare with plain forwards; fall back to recomputing if they
+        differ.
+        """
         try:
             gap = log_prob_gap(self)
         except (
@@ -233,7 +237,9 @@ class HFEngine:
             self._compact()
 
     def _share_prefix(self, fresh: list[Row]) -> None:
-        """Compute the prefix that all these rows have in common once, if it is worth it. No slot is in use."""
+        """Compute the prefix that all these rows have in common once, if it is worth it. No slot is in
+        use.
+        """
         first, last = min(row.ids for row in fresh), max(row.ids for row in fresh)
         shared = common_prefix(first, last)  # what the least and the greatest share, all share
         shared = min([shared, *(len(row.ids) - 1 for row in fresh)])  # each row must feed a token of its own
@@ -256,7 +262,9 @@ class HFEngine:
         self._slots.shares_S[row.slot] = 0.0 if shares else float("-inf")
 
     def _select(self) -> tuple[list[Fed], list[tuple[Row, Row]]]:
-        """What to feed now, in key order, and (leader, follower) pairs of fresh rows that are fed the same."""
+        """What to feed now, in key order, and (leader, follower) pairs of fresh rows that are fed the
+        same.
+        """
         fed: list[Fed] = []
         copies: list[tuple[Row, Row]] = []
         seen: dict[tuple[int, ...], Row] = {}

@@ -1,4 +1,6 @@
-"""What one forward does: the tokens of rows in the middle of a turn, then those fed to rows that begin one."""
+"""What one forward does: the tokens of rows in the middle of a turn, then those fed to rows that begin
+one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Turns for models whose keys and values cannot be kept between turns: the whole row is computed each time."""
+"""Turns for models whose keys and values cannot be kept between turns: the whole row is computed each
+time.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ class Row:
 
 
 class Decoding:
-    """Rows in the middle of a turn. Tensors are indexed by slot (S), so that rows come and go without moving."""
+    """Rows in the middle of a turn. Tensors are indexed by slot (S), so that rows come and go without
+    moving.
+    """
 
     def __init__(self, rows: int, stop_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
         self.device, self.width, self.tick = device, 0, 0
@@ -115,7 +117,9 @@ class Decoding:
             self.width = width
 
     def current(self) -> tuple[Tensor, Tensor]:
-        """Slots [R] of the rows that draw a token now (those in a turn, then those that begin), their uniforms."""
+        """Slots [R] of the rows that draw a token now (those in a turn, then those that begin), their
+        uniforms.
+        """
         begun = torch.tensor([row.slot for row in self._begun], dtype=torch.long, device=self.device)
         slot_R = torch.cat([self.slot_D, begun]) if self._begun else self.slot_D
         return slot_R, self._u_SM[slot_R, self._count_S[slot_R]]
@@ -123,7 +127,9 @@ class Decoding:
     def record(
         self, slot_R: Tensor, id_R: Tensor, logp_R: Tensor
     ) -> list[tuple[Row, list[int], list[float]]]:
-        """Note the drawn tokens; returns and drops the rows whose turn is over, with their ids and log-probs."""
+        """Note the drawn tokens; returns and drops the rows whose turn is over, with their ids and
+        log-probs.
+        """
         count_R = self._count_S[slot_R]
         self._id_SM[slot_R, count_R] = id_R
         self._logp_SM[slot_R, count_R] = logp_R.double()

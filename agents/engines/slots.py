@@ -1,12 +1,14 @@
 """Key/value memory with a slot per episode, and attention over it for rows of unequal lengths in one forward.
 
-A forward takes all tokens of all rows as one flat sequence: first one token for each row that is decoding, then
-the fed tokens of rows that begin a turn. Linear layers see no padding at all. Attention runs in two parts:
-decoding rows attend to their slots in place (no copy), fed rows to a gathered copy with a causal mask. A prefix
-that all rows share (system message, tools) is kept once: decoding rows read it with one dense product.
+A forward takes all tokens of all rows as one flat sequence: first one token for each row that is decoding,
+then the fed tokens of rows that begin a turn. Linear layers see no padding at all. Attention runs in two
+parts: decoding rows attend to their slots in place (no copy), fed rows to a gathered copy with a causal
+mask. A prefix that all rows share (system message, tools) is kept once: decoding rows read it with one dense
+product.
 
 Slots plug into transformers as a `Cache` plus a registered attention function, so that any architecture whose
-attention goes through `ALL_ATTENTION_FUNCTIONS` works; `HFEngine` verifies each model numerically at start-up.
+attention goes through `ALL_ATTENTION_FUNCTIONS` works; `HFEngine` verifies each model numerically at
+start-up.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class UnsupportedAttention(RuntimeError):
 
 @dataclass
 class Plan:
-    """What one forward does. Index tensors live on the model's device. N flat tokens, D rows decoding, P fed."""
+    """What one forward does. Index tensors live on the model's device. N flat tokens, D rows decoding, P
+    fed.
+    """
 
     ids_N: Tensor
     """Token ids, decoding rows first."""
@@ -55,7 +59,9 @@ class Plan:
     fed_slot_P: Tensor | None = None
     """Slots of the fed rows."""
     fed_index_PC: Tensor | None = None
-    """Flat index, counted after the decoding tokens, of each fed row's tokens; padded by repeating the last."""
+    """Flat index, counted after the decoding tokens, of each fed row's tokens; padded by repeating the
+    last.
+    """
     fed_real_N: Tensor | None = None
     """Where the tokens after the decoding ones stand in the padded [P * C] layout."""
     fed_mask_PCL: Tensor | None = None
@@ -129,7 +135,9 @@ class Slots(Cache):
     # ------------------------------------------------------------------ transformers' cache protocol
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        """Store new keys and values [1, Hkv, N, D] in their slots; returned unchanged, attention reads slots."""
+        """Store new keys and values [1, Hkv, N, D] in their slots; returned unchanged, attention reads
+        slots.
+        """
         self.write(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layer_idx)
         return key_states, value_states
 
@@ -191,7 +199,9 @@ class Slots(Cache):
         return out if plan.dense else out[plan.slot_N[:d]]
 
     def _with_prefix(self, packed: Tensor, score_SHL: Tensor, v: Tensor, layer: int) -> Tensor:
-        """One softmax over the shared prefix and the slot; the prefix part is a dense product over all rows."""
+        """One softmax over the shared prefix and the slot; the prefix part is a dense product over all
+        rows.
+        """
         pk, pv = self.prefix_keys[layer], self.prefix_values[layer]
         span, heads, reach = score_SHL.shape
         kv_heads, p = pk.shape[:2]
@@ -234,7 +244,9 @@ def slot_attention(
     slots: Slots | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over `Slots`, which the engine passes through the model's keywords."""
+    """transformers' attention interface over `Slots`, which the engine passes through the model's
+    keywords.
+    """
     if slots is None:
         raise UnsupportedAttention("the model does not pass keywords on to its attention")
     for name in ("softcap", "s_aux", "position_bias", "sliding_window"):

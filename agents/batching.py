@@ -1,0 +1,168 @@
+"""Trajectories as the tensors that policy optimization works on: one row per segment of a token record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.ledger import Ledger, Segment
+from agents.trajectory import Trajectory
+from policy_opt.batch import Batch
+
+OWN = ("reward_B", "correct_B", "length_B", "turns_B", "truncated_B", "failed_B")
+"""Columns of one number per row that every batch has; a fact of one of these names is left out."""
+
+Name = tuple[int, int, int]
+"""(group, member, seat): names a trajectory within a batch."""
+
+
+def batch_of(
+    trajectories: Sequence[Trajectory],
+    *,
+    scores: Sequence[str] | None = None,
+    facts: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """One row per segment, padded on the right, in the order of the trajectories and of their segments.
+
+    Columns, the same for all segments of a trajectory:
+        reward_B: the verdict's; the rollout's error reward where the environment failed.
+        correct_B: the verdict's score `correct`, 0 if there is none.
+        scores_BK, with names: all scores; 0 where a verdict lacks one.
+        <fact>_B: one for every numeric or boolean fact of the verdicts; 0 where a verdict lacks it.
+        length_B: sampled tokens of the trajectory. turns_B: its policy turns.
+        truncated_B: 1 where it was cut for want of tokens. failed_B: 1 where there is no verdict.
+    Units: parent_B is the row that a segment continues, -1 for first segments; segment_BT counts within the
+    trajectory. Per-token entries are 0 (False) on padding, sampler log-probs also where mask_BT is False.
+
+    Args:
+        trajectories: with token records.
+        scores: names of scores_BK in order; None takes all that occur, sorted. Name them to get the same
+            columns in every batch of a run, whatever its verdicts happen to hold.
+        facts: names of the facts that become columns; None takes all that occur.
+        dtype: of log-probs and verdict numbers.
+
+    Raises:
+        ValueError: no trajectory, or one without a token record.
+    """
+    ledgers = _ledgers(trajectories)
+    rows = [(i, j, s) for i, ledger in enumerate(ledgers) for j, s in enumerate(ledger.segments)]
+    first = np.cumsum([0, *(len(ledger.segments) for ledger in ledgers)])
+    owner_B = torch.tensor([i for i, _, _ in rows])
+    units = {
+        "group_B": torch.tensor([t.group for t in trajectories])[owner_B],
+        "task_B": torch.tensor([t.task_index for t in trajectories])[owner_B],
+        "member_B": torch.tensor([t.member for t in trajectories])[owner_B],
+        "seat_B": torch.tensor([t.seat for t in trajectories])[owner_B],
+        "parent_B": torch.tensor([-1 if s.parent is None else int(first[i]) + s.parent for i, _, s in rows]),
+    }
+    columns, names = _verdict_columns(trajectories, scores, facts, dtype)
+    tokens = _token_columns([s for _, _, s in rows], dtype)
+    number_B1 = torch.tensor([j for _, j, _ in rows])[:, None]
+    return Batch.build(
+        **tokens,
+        **units,
+        segment_BT=torch.where(tokens["real_BT"], number_B1, 0),
+        **{name: value[owner_B] for name, value in columns.items()},
+        names=names,
+    )
+
+
+def token_columns(batch: Batch, names: Iterable[str]) -> dict[Name, dict[str, list[np.ndarray]]]:
+    """Per-token columns of a batch, by trajectory: name -> one array per segment, padding removed.
+
+    For the record and the report: `TrajectoryWriter.append(trajectory, columns[group, member, seat])`. A
+    row's length is that of its real tokens; names of columns that the batch lacks are left out.
+    """
+    present = [name for name in names if name in batch]
+    values = {name: batch[name].detach().float().cpu().numpy() for name in present}
+    length_B = batch.real_BT.sum(1).tolist()
+    ids = torch.stack([batch[unit] for unit in ("group_B", "member_B", "seat_B")], 1).tolist()
+    out: dict[Name, dict[str, list[np.ndarray]]] = {}
+    for row, (group, member, seat) in enumerate(ids):
+        mine = out.setdefault((group, member, seat), {name: [] for name in present})
+        for name in present:
+            mine[name].append(values[name][row, : length_B[row]])
+    return out
+
+
+def _ledgers(trajectories: Sequence[Trajectory]) -> list[Ledger]:
+    if not trajectories:
+        raise ValueError("no trajectories to make a batch of")
+    ledgers = []
+    for t in trajectories:
+        if t.ledger is None:
+            raise ValueError(
+                f"the trajectory of task {t.task_id or t.task_index} has no token record; only episodes that "
+                f"a token engine played can be trained on"
+            )
+        ledgers.append(t.ledger)
+    return ledgers
+
+
+def _token_columns(segments: Sequence[Segment], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The core columns and turn_BT."""
+    length_B = np.array([len(s) for s in segments])
+    width = max(1, int(length_B.max()))
+    real_BT = np.arange(width) < length_B[:, None]
+
+    def spread(values: Iterable[Sequence[Any]], kind: Any) -> Tensor:
+        out_BT = np.zeros(real_BT.shape, dtype=kind)
+        out_BT[real_BT] = np.fromiter(
+            (x for row in values for x in row), dtype=kind, count=int(length_B.sum())
+        )
+        return torch.from_numpy(out_BT)
+
+    mask_BT = spread((s.mask for s in segments), np.bool_)
+    return {
+        "tokens_BT": spread((s.ids for s in segments), np.int64),
+        "real_BT": torch.from_numpy(real_BT),
+        "mask_BT": mask_BT,
+        "logp_sampler_BT": spread((s.logp for s in segments), np.float64).to(dtype),
+        "version_BT": torch.where(mask_BT, spread((s.version for s in segments), np.int64), 0),
+        "turn_BT": spread((s.turn for s in segments), np.int64),
+    }
+
+
+def _verdict_columns(
+    trajectories: Sequence[Trajectory],
+    scores: Sequence[str] | None,
+    facts: Sequence[str] | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """Columns of one number per trajectory, scores [trajectories, K], and the names of the scores."""
+    score_maps = [t.verdict.scores if t.verdict is not None else {} for t in trajectories]
+    fact_maps = [_numbers(t.verdict.facts) if t.verdict is not None else {} for t in trajectories]
+    score_names = tuple(scores) if scores is not None else tuple(sorted(set().union(*score_maps)))
+    fact_names = tuple(facts) if facts is not None else tuple(sorted(set().union(*fact_maps)))
+    numbers: dict[str, list[float]] = {
+        "reward_B": [t.reward for t in trajectories],
+        "correct_B": [float(s.get("correct", 0.0)) for s in score_maps],
+        "length_B": [t.length for t in trajectories],
+        "turns_B": [len(t.turns) for t in trajectories],
+        "truncated_B": [float(t.cut) for t in trajectories],
+        "failed_B": [float(t.verdict is None) for t in trajectories],
+    }
+    for name in fact_names:
+        if f"{name}_B" not in OWN and f"{name}_B" not in (
+            "group_B",
+            "task_B",
+            "member_B",
+            "seat_B",
+            "parent_B",
+        ):
+            numbers[f"{name}_B"] = [f.get(name, 0.0) for f in fact_maps]
+    columns = {name: torch.tensor(values, dtype=dtype) for name, values in numbers.items()}
+    table = [[float(s.get(name, 0.0)) for name in score_names] for s in score_maps]
+    columns["scores_BK"] = torch.tensor(table, dtype=dtype).reshape(len(trajectories), len(score_names))
+    return columns, {"scores_BK": score_names}
+
+
+def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Those facts that are numbers; True counts as 1."""
+    return {name: float(value) for name, value in facts.items() if isinstance(value, Real)}
