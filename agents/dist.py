@@ -25,6 +25,7 @@ class World:
         self.accelerator = accelerator
         self.size = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
+        self.device = accelerator.device if accelerator else torch.device("cpu")
 
     @property
     def main(self) -> bool:

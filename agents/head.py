@@ -184,9 +184,11 @@ def _pull_chunk(functionals, head: Head, hidden_CH, values_FC, g_FC, rows: slice
     p_CV = logp_CV.exp()
     d_CV: Tensor | None = None
     for f, value_C, g_C in zip(functionals, values_FC, g_FC, strict=True):
-        part_CV = f.pull_CV(logp_CV, p_CV, value_C, g_C, rows)
-        d_CV = part_CV if d_CV is None else d_CV.add_(part_CV)
-    assert d_CV is not None
+        if g_C.any():  # a stream that is only looked at costs no gradient
+            part_CV = f.pull_CV(logp_CV, p_CV, value_C, g_C, rows)
+            d_CV = part_CV if d_CV is None else d_CV.add_(part_CV)
+    if d_CV is None:
+        return torch.zeros_like(logp_CV)
     if head.banned_K is not None:
         d_CV.index_fill_(1, head.banned_K, 0.0)
     if head.softcap:

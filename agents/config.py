@@ -1,0 +1,137 @@
+"""What can be set when training: frozen dataclasses, a line under each field. The CLI and TOML files read these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from agents.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class WarmConfig:
+    """The warm start: imitation of the environment's demonstrators, for the bundled model only unless asked."""
+
+    when: Literal["auto", "always", "never"] = "auto"
+    """auto: the bundled model on an environment with demonstrators."""
+    episodes: int = 400
+    """Demonstrations at most; each is of another training task."""
+    epochs: int = 2
+    """Passes over them."""
+    batch: int = 16
+    """Conversations per optimizer step."""
+    lr: float = 1e-3
+    """Peak learning rate; it rises over a tenth of the steps and falls linearly to a tenth."""
+    cache: bool = True
+    """Keep the result under the cache folder, by content of model, environment and these settings."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How episodes are played."""
+
+    rows: int = 128
+    """Episodes that are played at the same time."""
+    max_turns: int | None = None
+    """Turns per episode; none: the environment's own bound."""
+    max_new_tokens: int = 64
+    """Sampled tokens per turn at most."""
+    max_context: int | None = None
+    """Tokens per episode at most, prompt and tool results included; none: 512 for models below 20 million
+    parameters, else 4,096, and never more than the model has positions."""
+    temperature: float = 1.0
+    """Softmax temperature of sampler and trainer."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0: all. Training needs 0."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens of this total probability. Training needs 1."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The evaluations before and after training."""
+
+    episodes: int = 500
+    """Held-out tasks, one episode each."""
+    hard_episodes: int = 200
+    """Held-out tasks of a harder level than was trained on; 0: no such row."""
+    hard_level: str | None = "hard"
+    """That level, as the environment names it; left out where the environment has none of the name."""
+    every: int = 0
+    """Iterations between small evaluations during training; 0: none."""
+    every_episodes: int = 100
+    """Episodes of a small evaluation."""
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """What is kept while training."""
+
+    every: int = 10
+    """Iterations between checkpoints; the last iteration and an interruption always write one."""
+    keep: int = 2
+    """Checkpoints kept."""
+    trajectories: int = 5
+    """Store the episodes of every so many iterations (and of the first and the last); 0: none."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a language-model agent on an environment by policy optimization."""
+
+    env: str = "tool_qa"
+    """Environment: a name (python -m envs), package.module:Class, or jsonl:FILE."""
+    env_args: tuple[str, ...] = ()
+    """Arguments of the environment, NAME=VALUE; may be given several times."""
+    reward: str | None = None
+    """Reward function of a jsonl environment, module:function."""
+    level: str | None = None
+    """Difficulty to train and evaluate on; none: the environment's default mix."""
+    model: str = "bundled"
+    """Policy to start from: bundled, a run or model folder, or a Hugging Face id."""
+    algo: str = "grpo"
+    """Recipe (python -m policy_opt)."""
+    set: tuple[str, ...] = ()
+    """Change to the recipe, STAGE=PART(OPTION=VALUE); may be given several times."""
+    seed: int = 0
+    """Every random stream of the run derives from it."""
+    steps: int = 60
+    """Iterations."""
+    groups: int = 16
+    """Tasks per iteration."""
+    group_size: int = 8
+    """Episodes per task."""
+    train_tasks: int = 2000
+    """Size of the pool of training tasks, with stable ids."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The policy's optimizer."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How episodes are played."""
+    warm: WarmConfig = field(default_factory=WarmConfig)
+    """The warm start."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluations."""
+    save: SaveConfig = field(default_factory=SaveConfig)
+    """Checkpoints and stored episodes."""
+    micro_tokens: int = 4096
+    """Tokens of a training micro-batch, padding included."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Weights. bfloat16: float32 weights, computed with in bfloat16 where the device can."""
+    threads: int | None = None
+    """Threads per process; none: 1 for models below 20 million parameters, else torch's choice."""
+    processes: int = 1
+    """Processes on this machine; episodes and rows are shared out among them."""
+    run: str | None = None
+    """Folder of the run; none: a new one under `runs`."""
+    runs: str = "runs"
+    """Where new run folders go."""
+    resume: str | None = None
+    """Go on with this run, exactly where its last checkpoint stands. Takes no other options but steps."""
+    from_step: int | None = None
+    """With resume: the checkpoint of this step instead of the last one."""
+    dry_run: bool = False
+    """Print tokens, memory and time to expect, and stop."""
+    json: bool = False
+    """End with one line of JSON: success_before, success_after, run, report."""
+    plain: bool = False
+    """Plain lines instead of the live display."""

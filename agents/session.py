@@ -1,0 +1,124 @@
+"""Everything a run needs, built from its configuration: environment, model, chat format, engine, actor, learner, loop."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import policy_opt
+from agents.actor import LMActor, Player, refuse_truncated
+from agents.chat import ChatFormat
+from agents.cli import assignments
+from agents.config import TrainConfig
+from agents.dist import World
+from agents.engines.base import SampleParams
+from agents.engines.hf import HFEngine
+from agents.forward import Convention
+from agents.learner import LMLearner
+from agents.models import DTYPES, is_tiny, load_model
+from agents.rollout import Limits, MakeEnv
+from policy_opt.loop import Loop, RunSize
+from policy_opt.recipe import Recipe
+
+
+@dataclass
+class Session:
+    """The pieces of one process of a run."""
+
+    config: TrainConfig
+    world: World
+    recipe: Recipe
+    make_env: MakeEnv
+    model: nn.Module
+    tokenizer: Any
+    chat: ChatFormat
+    convention: Convention
+    player: Player
+    actor: LMActor
+    learner: LMLearner
+    loop: Loop
+    notes: tuple[str, ...]
+    """Warnings that came up while building, for the display."""
+
+
+def derived(seed: int, purpose: str) -> int:
+    """A seed for one purpose, independent of those for others."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "little")
+
+
+def env_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of the environment, as the configuration names them."""
+    arguments = assignments(config.env_args, "--env-args")
+    if config.level is not None:
+        arguments["level"] = int(config.level) if config.level.isdigit() else config.level
+    if config.reward is not None:
+        arguments["reward"] = config.reward
+    return arguments
+
+
+def env_maker(spec: str, arguments: Mapping[str, Any]) -> MakeEnv:
+    """A function that makes the environment; it is called once here, so that mistakes show at once."""
+    import envs
+
+    def make() -> Any:
+        return envs.make(spec, **arguments)
+
+    make().close()
+    return make
+
+
+def build(config: TrainConfig, world: World) -> Session:
+    """Build a session. Raises UsageError, UnknownEnv, RecipeError or ChatFormatError on what the user got wrong."""
+    recipe = policy_opt.get(config.algo)
+    recipe = recipe.set(*config.set) if config.set else recipe
+    recipe.check()
+    refuse_truncated(config.rollout.top_k, config.rollout.top_p, config.rollout.temperature)
+    make_env = env_maker(config.env, env_arguments(config))
+    dtype = DTYPES["float64" if config.dtype == "float64" else "float32"]
+    model, tokenizer = load_model(config.model, dtype)
+    model.to(world.device)
+    torch.set_num_threads(config.threads or (1 if is_tiny(model) else torch.get_num_threads()))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+        player = _player(config, world, make_env, model, chat)
+    convention = Convention(config.rollout.temperature, tuple(chat.banned_ids))
+    learner = LMLearner(
+        model, config.optim, convention=convention, world=world, micro_tokens=config.micro_tokens
+    )
+    player.version = lambda: learner.version
+    actor = LMActor(player)
+    size = RunSize(config.train_tasks, config.groups, config.group_size, config.seed)
+    loop = Loop(recipe, actor, learner, size)
+    notes = tuple(str(w.message) for w in caught)
+    return Session(
+        config, world, recipe, make_env, model, tokenizer, chat, convention, player, actor, learner, loop, notes
+    )
+
+
+def max_context(config: TrainConfig, model: nn.Module) -> int:
+    """Tokens that an episode may hold."""
+    if config.rollout.max_context is not None:
+        return config.rollout.max_context
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    return min(512 if is_tiny(model) else 4096, positions)
+
+
+def _player(config: TrainConfig, world: World, make_env: MakeEnv, model: nn.Module, chat: ChatFormat) -> Player:
+    r, context = config.rollout, max_context(config, model)
+    params = SampleParams(r.temperature, r.top_k, r.top_p, r.max_new_tokens)
+    engine = HFEngine(
+        model, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params,
+        rows=max(1, -(-r.rows // world.size)), max_context=context,
+    )  # fmt: skip
+    limits = Limits(
+        max_turns=r.max_turns or 64, max_new_tokens=r.max_new_tokens, max_context=context
+    )
+    return Player(make_env, chat, engine, limits, config.seed, world)

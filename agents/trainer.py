@@ -1,0 +1,271 @@
+"""A run from start to end: warm start, evaluation, iterations, evaluation, export, report. Knows no algorithm."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from agents import checkpoint, warm
+from agents.actor import facts_mean
+from agents.cli import UsageError, as_json
+from agents.config import TrainConfig
+from agents.display import Display
+from agents.doctor import diagnose
+from agents.evaluate import EvalResult, Subject, evaluate
+from agents.models import export
+from agents.rollout import Progress
+from agents.runfolder import RunFolder, plain, write_json
+from agents.session import Session, derived
+from policy_opt.batch import Batch
+
+Metrics = dict[str, float]
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; what is needed to go on is on disk."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Trainer:
+    """Runs a session in a run folder. All processes make the same calls; only the first one writes."""
+
+    def __init__(self, session: Session, folder: RunFolder | None, display: Display):
+        self.session, self.folder, self.display = session, folder, display
+        self.config = session.config
+        self.history: list[dict[str, Any]] = folder.records("metrics.jsonl") if folder else []
+        self.evals: list[dict[str, Any]] = folder.records("eval.jsonl") if folder else []
+        self.signal: int | None = None
+        self.started = time.monotonic()
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> dict[str, Any]:
+        """Everything that is still to do; returns the summary. Raises Interrupted after a signal."""
+        with self._listening():
+            fresh = self.session.loop.step == 0 and not self.evals
+            if fresh:
+                self.warm_start()
+                self.evaluate("before")
+                self.save()
+            while self.session.loop.step < self.config.steps:
+                self.iterate()
+                self._stop_if_asked()
+            self.evaluate("after")
+            if self.config.eval.hard_episodes and self._has_hard_level():
+                self.evaluate("harder")
+            return self.finish()
+
+    def warm_start(self) -> None:
+        """Imitate the environment's demonstrators, if the configuration and the environment say so."""
+        s, c = self.session, self.config
+        weights = warm.demonstrator_weights(s.make_env) if c.warm.when != "never" else {}
+        if not weights and c.warm.when == "always":
+            raise UsageError(f"{c.env} has no demonstrators, so there is nothing to warm-start on (--warm.when never)")
+        if not weights or (c.warm.when == "auto" and c.model != "bundled"):
+            return
+        self.display.phase("warm start", f"imitating up to {c.warm.episodes} scripted episodes")
+        began = time.monotonic()
+        tasks = warm.demo_tasks(c.warm, c.train_tasks, c.seed)
+        demos = warm.demonstrations(s.make_env, weights, tasks, c.seed, s.player.limits.max_turns)
+        room = s.player.limits.max_context
+        ledgers, dropped = warm.ledgers_of(s.chat, demos, room)
+        if dropped:
+            self.display.note(f"{dropped} demonstrations do not fit {room} tokens and are left out")
+        how = warm.warm_start(
+            s.model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=c.micro_tokens, world=s.world,
+            on_step=self._on_warm_step,
+        )  # fmt: skip
+        self.display.note(f"warm start: {how}, {len(ledgers)} demonstrations, {time.monotonic() - began:.0f} s")
+
+    def _on_warm_step(self, step: int, steps: int, nll: float) -> None:
+        self.display.progress("warm start", step, steps, f"{nll:.3f} nats/token")
+        self._stop_if_asked(saved=False)
+
+    def iterate(self) -> None:
+        """One iteration, its numbers, and what is due after it."""
+        s = self.session
+        s.actor.begin()
+        began = time.monotonic()
+        clock = _RolloutClock(lambda p: self.display.progress("rollout", p.done, p.total, ""))
+        s.actor.on_progress = clock
+        batch, metrics = s.loop.iterate()
+        record = self._record(batch, metrics, time.monotonic() - began)
+        if self.folder:
+            self.folder.log("metrics.jsonl", record)
+            self._store(batch)
+        self.history.append(record)
+        self.display.step(record, diagnose(self.history, self.evals))
+        c, step = self.config, s.loop.step
+        if c.eval.every and step % c.eval.every == 0 and step < c.steps:
+            self.evaluate("during", c.eval.every_episodes)
+        if step == c.steps or step % c.save.every == 0:
+            self.save()
+
+    def _record(self, batch: Batch, metrics: Mapping[str, float], seconds: float) -> dict[str, Any]:
+        played = self.session.actor.played
+        extra: dict[str, Any] = {"step": self.session.loop.step, "seconds": round(seconds, 3)}
+        for fact in ("tool_calls", "tool_errors"):
+            mean = facts_mean(played, fact)
+            if mean is not None:
+                extra[fact] = mean
+        sampled = sum(t.length for t in played)
+        extra["episodes"] = len(played)
+        extra["no_verdict"] = sum(t.verdict is None for t in played) / max(1, len(played))
+        extra["trained_tokens"] = int(batch.real_BT.sum())
+        extra["tokens_per_second"] = round(sampled / max(seconds, 1e-9), 1)
+        extra["lr"] = self.session.learner.lr
+        return {**extra, **metrics}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(self, name: str, episodes: int | None = None) -> EvalResult:
+        """Play held-out tasks and record the result under a name: before, during, after, harder."""
+        s, c = self.session, self.config
+        hard = name == "harder"
+        n = episodes or (c.eval.hard_episodes if hard else c.eval.episodes)
+        self.display.phase(f"evaluation ({name})", f"{n} held-out tasks")
+        subject = Subject(
+            env=c.env, player=c.model, level=c.eval.hard_level if hard else None,
+            seed=derived(c.seed, "evaluation"), label=name, step=s.loop.step,
+        )  # fmt: skip
+        result = evaluate(s.player, subject, episodes=n, on_progress=self._on_eval)
+        record = plain(result.as_dict())
+        self.evals.append(record)
+        if self.folder:
+            self.folder.log("eval.jsonl", record)
+        self.display.evaluation(name, record)
+        return result
+
+    def _on_eval(self, p: Progress) -> None:
+        self.display.progress("evaluation", p.done, p.total, "")
+        self._stop_if_asked(saved=False)
+
+    def _has_hard_level(self) -> bool:
+        env = self.session.make_env()
+        try:
+            env.reset(seed=0, options={"index": 0, "split": "eval", "level": self.config.eval.hard_level})
+        except (ValueError, KeyError, TypeError):
+            return False
+        finally:
+            env.close()
+        return True
+
+    # ------------------------------------------------------------------ disk
+
+    def save(self) -> None:
+        """A checkpoint of everything that the next iteration depends on. A full disk is reported, not fatal."""
+        if self.folder is None:
+            return
+        s = self.session
+        try:
+            state = {"loop": s.loop.state_dict(), "learner": s.learner.state_dict(), "files": self.folder.mark()}
+            checkpoint.save(self.folder.path / "checkpoints", s.loop.step, state, self.config.save.keep)
+        except OSError as error:
+            self.display.note(f"no checkpoint at step {s.loop.step}: {error}. Older ones are untouched.")
+
+    def _store(self, batch: Batch) -> None:
+        every, step = self.config.save.trajectories, self.session.loop.step
+        if every and (step == 1 or step % every == 0 or step == self.config.steps):
+            pass
+
+    def restore(self, path: Path) -> None:
+        """Go on exactly where a checkpoint stands."""
+        assert self.folder is not None
+        restore(self.session, checkpoint.load(path), self.folder)
+        self.history = self.folder.records("metrics.jsonl")
+        self.evals = self.folder.records("eval.jsonl")
+
+    def finish(self) -> dict[str, Any]:
+        """Export, report, summary."""
+        s = self.session
+        summary: dict[str, Any] = {}
+        for record in self.evals:
+            if record["label"] in ("before", "after", "harder"):
+                summary[f"success_{record['label']}"] = record["success"]
+        if self.folder is None:
+            return summary
+        summary["run"] = str(self.folder.path)
+        summary["seconds"] = round(time.monotonic() - self.started, 1)
+        export(s.model, s.tokenizer, self.folder.path / "model", self._card(summary))
+        write_json(self.folder.path / "summary.json", summary)
+        return summary
+
+    def _card(self, summary: Mapping[str, Any]) -> list[str]:
+        c = self.config
+        lines = [f"# {c.model} trained on {c.env} with {c.algo}", "", f"{c.steps} iterations, seed {c.seed}."]
+        for name in ("before", "after", "harder"):
+            if f"success_{name}" in summary:
+                mean, low, high = summary[f"success_{name}"]
+                lines.append(f"- success {name}: {mean:.3f} [{low:.3f}, {high:.3f}]")
+        return lines
+
+    # ------------------------------------------------------------------ signals
+
+    @contextmanager
+    def _listening(self):
+        """Turn SIGINT and SIGTERM into a stop at the next safe point; a second one ends the process at once."""
+        def note(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.signal = number
+            self.display.note(f"{signal.Signals(number).name}: stopping after this iteration (again: at once)")
+
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self, saved: bool = True) -> None:
+        """Stop where a signal came: after an iteration with a checkpoint, elsewhere at once."""
+        if saved:
+            numbers = [n for n in self.session.world.gather(self.signal) if n is not None]
+            number = numbers[0] if numbers else None
+        else:
+            number = self.signal if self.session.world.size == 1 else None
+        if number is None:
+            return
+        if saved:
+            self.save()
+        raise Interrupted(number)
+
+
+class _RolloutClock:
+    """Passes progress on."""
+
+    def __init__(self, tell: Callable[[Progress], None]):
+        self.tell = tell
+
+    def __call__(self, progress: Progress) -> None:
+        self.tell(progress)
+
+
+def restore(session: Session, saved: checkpoint.Checkpoint, folder: RunFolder) -> None:
+    """Loop, bank, weights and optimizers as of a checkpoint; growing files are cut back to it."""
+    loop, learner = session.loop, session.learner
+    try:
+        state = saved.state
+        loop.load_state_dict(state["loop"])
+        loop.enter()
+        models = {k: v for r in (session.recipe, *(p.recipe for p in session.recipe.phases)) for k, v in r.models.items()}
+        learner.prepare({k: v for k, v in models.items() if k in state["learner"]["members"]}, (), session.recipe.optimizer)
+        learner.load_state_dict(state["learner"])
+        folder.rewind(state["files"])
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{saved.path} is not a training checkpoint: {error!r}") from error
+
+
+def save_config(folder: RunFolder, config: TrainConfig) -> None:
+    """The resolved configuration, as `--resume` reads it."""
+    kept = replace(config, resume=None, from_step=None, dry_run=False, json=False, run=None)
+    write_json(folder.path / "config.json", as_json(kept))
