@@ -302,7 +302,8 @@ def play(
             each(Playing.speak, heard)
             for p in heard:
                 p.follow()
-            over = [p for p in (*fresh, *heard) if p.episode.over and p.key in running]
+            once = {p.key: p for p in (*fresh, *heard)}   # a fresh episode may be over within this very round
+            over = [p for p in once.values() if p.episode.over]
             for p in over:
                 engine.close(p.key)
                 del running[p.key]
