@@ -1,8 +1,8 @@
 """Success of a policy on an environment: intervals, pass@k, tool use, and what went wrong.
 
 One function for every kind of policy. A `Player` plays jobs: tokens through an engine, or text through a
-server or a script. Episodes that end without a verdict count as wrong *and* are counted beside the score; above 1 %
-they mark the evaluation, because then the score says little.
+server or a script. Episodes that end without a verdict count as wrong *and* are counted beside the score;
+above 1 % they mark the evaluation, because then the score says little.
 """
 
 from __future__ import annotations
@@ -194,17 +194,38 @@ class Subject:
 
 def evaluate(
     player: Player,
-    subject: Subject,
+    env: str,
     *,
     episodes: int = 400,
     k: Sequence[int] = (1,),
+    split: str = "eval",
+    level: Any = None,
+    env_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    label: str = "",
+    step: int | None = None,
+    name: str = "",
     on_progress: OnProgress | None = None,
     keep: Callable[[Sequence[Trajectory]], object] | None = None,
 ) -> EvalResult:
     """Play `episodes` episodes, max(k) of each task, and summarise them.
 
     The tasks are the first ones of the split, so evaluations of one env, split and level can be paired.
-    `keep` is handed the episodes, by task and then by sample.
+
+    Args:
+        player: plays the jobs, in environments of its own making.
+        env: spec string of its environments, for the record.
+        episodes: number of episodes, rounded up to whole tasks.
+        k: the pass@k that are wanted.
+        split: split of the tasks.
+        level: level or mix of levels; None takes the environments' own.
+        env_kwargs: arguments that the player's environments were made with, for the record.
+        seed: seed of the sampling.
+        label: `before`, `after`, `harder`, ...
+        step: training step.
+        name: who plays.
+        on_progress: told whenever episodes end.
+        keep: is handed the episodes, by task and then by sample.
 
     Raises:
         ValueError: no episodes, or k below 1.
@@ -215,16 +236,17 @@ def evaluate(
     if episodes < 1:
         raise ValueError(f"an evaluation needs at least one episode, got {episodes}")
     wanted = -(-episodes // samples)
-    known = _task_count(player.make_env, subject.split)
+    known = _task_count(player.make_env, split)
     tasks = wanted if known is None else min(wanted, known)
-    if tasks < wanted:
-        subject = replace(subject, note=f"the split has {known} tasks, {wanted} were asked for")
-    jobs = [Job(task, task, member, subject.split) for task in range(tasks) for member in range(samples)]
-    options = {} if subject.level is None else {"level": subject.level}
+    jobs = [Job(task, task, member, split) for task in range(tasks) for member in range(samples)]
     start = time.monotonic()
-    trajectories = player(jobs, seed=subject.seed, options=options, on_progress=on_progress)
+    options = {} if level is None else {"level": level}
+    trajectories = player(jobs, seed=seed, options=options, on_progress=on_progress)
     if keep is not None:
         keep(trajectories)
+    own_level = level if level is not None else (env_kwargs or {}).get("level")
+    note = f"the split has {known} tasks, {wanted} were asked for" if tasks < wanted else ""
+    subject = Subject(env, name, split, own_level, seed, label, step, note)
     return replace(summarise(trajectories, samples, k, subject), seconds=time.monotonic() - start)
 
 
@@ -330,7 +352,7 @@ def _productivity(correct: int, calls: int) -> float | None:
 
 
 def _key(firsts: Sequence[Trajectory]) -> str:
-    names = "\n".join(f"{t.task_id}\t{t.task_index}\t{t.split}" for t in firsts)
+    names = "\n".join(f"{t.task_id}\t{t.split}\t{t.level}" for t in firsts)
     return hashlib.sha256(names.encode("utf-8", "replace")).hexdigest()[:16]
 
 

@@ -82,7 +82,8 @@ class Endpoint:
 
     def begin(self, env: Any, seed: Key) -> Voice:
         """A voice for one episode, in the environment's own call format."""
-        fmt = get_format(getattr(getattr(env, "unwrapped", env), "call_format", "hermes"))
+        own = getattr(getattr(env, "unwrapped", env), "call_format", "hermes")
+        fmt = get_format(own) if isinstance(own, str) else own
         tools: Sequence[Mapping[str, Any]] = ()
         turn = 0
 

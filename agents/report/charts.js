@@ -12,6 +12,14 @@ function niceTicks(low, high, count) {
   return ticks;
 }
 
+/* Powers of ten, with 2 and 5 times them where few fit. */
+function logTicks(low, high) {
+  const powers = [];
+  for (let p = Math.floor(Math.log10(low)); p <= Math.log10(high); p++) powers.push(10 ** p);
+  const fine = powers.flatMap((p) => [p, 2 * p, 5 * p]).filter((t) => t >= low && t <= high);
+  return fine.length <= 5 ? fine : powers.filter((t) => t >= low).filter((_, i, all) => i % Math.ceil(all.length / 5) === 0);
+}
+
 /* Exponential running mean that starts without bias; gaps stay gaps. */
 function smooth(values) {
   const keep = values.length > 20 ? 0.85 : 0.6;
@@ -61,7 +69,7 @@ function chart(spec, steps, values, crosshair) {
   const at = (list) => steps.map((s, i) => [px(s), isNumber(list[i]) ? py(list[i]) : null]);
   const mean = smooth(values);
   const yTicks = spec.log
-    ? niceTicks(Math.log10(low), Math.log10(high), 4).filter(Number.isInteger).map((t) => 10 ** t)
+    ? logTicks(low, high)
     : niceTicks(low, high, 4);
   const cursor = svg("line", { class: "cursor", y1: TOP, y2: HIGH - BOTTOM, visibility: "hidden" });
   const dot = svg("circle", { class: "dot", r: 3.2, visibility: "hidden" });
@@ -147,7 +155,7 @@ const CURVES = [
   { key: "grad_norm", title: "gradient norm", hint: "before clipping" },
   { key: "logp_gap", title: "log-prob gap", log: true, guide: 1e-4, hint: "max |log p trainer − log p sampler|; the alarm for weight sync" },
   { key: "zero_variance_groups", title: "zero-variance groups", unit: true, hint: "share of groups whose rewards are all equal" },
-  { key: "truncated", title: "truncated", unit: true, hint: "share of episodes cut by a limit" },
+  { key: "truncated", title: "truncated", hint: "share of episodes cut by a limit" },
   { key: "loss", title: "loss", zero: false, hint: "value of the surrogate; no measure of progress" },
   { key: "lr", title: "learning rate", hint: "" },
   { key: "tokens_per_second", title: "tokens/s", hint: "sampled tokens per second of rollout" },

@@ -1,6 +1,8 @@
 "use strict";
 /* The top of the page: headline numbers, the doctor, evaluations with their intervals, the configuration. */
 
+const fixed = (value) => (isNumber(value) ? value.toFixed(3) : "–");
+const decimals = (value) => (isNumber(value) ? value.toFixed(2) : "–");
 const pair = (evals, label) => evals.find((e) => e.label === label);
 
 function headline(data) {
@@ -8,8 +10,8 @@ function headline(data) {
   const shown = after || before || data.evals[data.evals.length - 1];
   const cards = [];
   if (shown) {
-    const interval = (e) => `[${fmt(e.success[1])}, ${fmt(e.success[2])}]`;
-    const gain = data.gain && `paired gain ${fmt(data.gain[0])} [${fmt(data.gain[1])}, ${fmt(data.gain[2])}]`;
+    const interval = (e) => `[${fixed(e.success[1])}, ${fixed(e.success[2])}]`;
+    const gain = data.gain && `paired gain ${fixed(data.gain[0])} [${fixed(data.gain[1])}, ${fixed(data.gain[2])}]`;
     cards.push(el("div", { class: "card" }, el("div", { class: "label" }, "success on held-out tasks"),
       el("div", { class: "big" },
         before && after && [el("span", { class: "from" }, percent(before.success[0])), el("span", { class: "arrow" }, "→")],
@@ -17,8 +19,8 @@ function headline(data) {
       el("div", { class: "note" }, before && after
         ? `95 % intervals ${interval(before)} and ${interval(after)}${gain ? `; ${gain}` : ""}`
         : `${shown.label}, 95 % interval ${interval(shown)}`)));
-    cards.push(number("tool calls per episode", fmt(shown.tool_calls[0]),
-      before && after ? `before: ${fmt(before.tool_calls[0])}` : ""));
+    cards.push(number("tool calls per episode", decimals(shown.tool_calls[0]),
+      before && after ? `before: ${decimals(before.tool_calls[0])}` : ""));
   }
   const m = data.metrics, last = (key) => (m.columns[key] || []).filter(isNumber).pop();
   if (m.steps.length) cards.push(number("steps", fmt(m.steps.length), isNumber(last("seconds")) ? `${fmt(last("seconds"))} s the last` : ""));
@@ -54,18 +56,18 @@ function whisker([mean, low, high]) {
 
 function evaluations(evals) {
   const ks = [...new Set(evals.flatMap((e) => Object.keys(e.pass_at || {})))].filter((k) => k !== "1").sort((a, b) => a - b);
-  const both = ([mean, low, high]) => [el("b", {}, fmt(mean)), ` [${fmt(low)}, ${fmt(high)}]`];
+  const both = ([mean, low, high]) => [el("b", {}, fixed(mean)), ` [${fixed(low)}, ${fixed(high)}]`];
   const rows = evals.flatMap((e) => [
     el("tr", {}, el("td", { class: "name" }, visible(e.label), el("span", { class: "note" }, visible(e.about || ""))),
       el("td", {}, whisker(e.success)), el("td", { class: "num" }, both(e.success)),
       ks.map((k) => el("td", { class: "num" }, e.pass_at && e.pass_at[k] ? both(e.pass_at[k]) : "–")),
-      el("td", { class: "num" }, fmt(e.tool_calls[0])), el("td", { class: "num" }, fmt(e.productivity)),
+      el("td", { class: "num" }, decimals(e.tool_calls[0])), el("td", { class: "num" }, fixed(e.productivity)),
       el("td", { class: "num" }, fmt(e.episodes)),
       el("td", { class: "num" }, e.failure_share > 0 ? badge(percent(e.failure_share), e.marked ? "bad" : "warn") : "0")),
     ...(e.levels.length > 1 ? e.levels : []).map((l) =>
       el("tr", { class: "sub" }, el("td", {}, `level ${visible(l.level)}`), el("td", {}, whisker(l.success)),
-        el("td", { class: "num" }, both(l.success)), ks.map(() => el("td", {})), el("td", { class: "num" }, fmt(l.tool_calls)),
-        el("td", { class: "num" }, fmt(l.productivity)), el("td", { class: "num" }, fmt(l.episodes)), el("td", {}))),
+        el("td", { class: "num" }, both(l.success)), ks.map(() => el("td", {})), el("td", { class: "num" }, decimals(l.tool_calls)),
+        el("td", { class: "num" }, fixed(l.productivity)), el("td", { class: "num" }, fmt(l.episodes)), el("td", {}))),
   ]);
   return el("div", { class: "card scroll" }, el("table", { class: "evals" },
     el("thead", {}, el("tr", {}, el("th", {}, "evaluation"), el("th", {}, "0 ··· success ··· 1"), el("th", { class: "num" }, "success [95 %]"),

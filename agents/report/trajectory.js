@@ -76,7 +76,7 @@ class Episode {
     const far = Math.max(Math.abs(spec.low), Math.abs(spec.high)) || 1;
     if (spec.kind === "diverging") {
       const s = Math.min(1, Math.abs(value) / far);
-      return s < 0.01 ? null : `rgb(var(--${value > 0 ? "plus" : "minus"}) / ${(0.12 + 0.63 * s).toFixed(3)})`;
+      return s < 0.01 ? null : `rgb(var(--${value > 0 ? "plus" : "minus"}) / ${(0.1 + 0.5 * s).toFixed(3)})`;
     }
     const near = Math.min(Math.abs(spec.low), Math.abs(spec.high));
     const s = Math.max(0, Math.min(1, (Math.abs(value) - near) / (far - near || 1)));
