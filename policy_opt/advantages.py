@@ -1,25 +1,69 @@
-"""Advantages: from rewards to adv_B (one number per row) or adv_BT (one per token). Constants: no gradient."""
+"""Advantages: from rewards to adv_B (one number per row) or adv_BT (one per token). Constants: no gradient.
+
+Groups are keyed by id. Rows that continue a trajectory in another segment (parent_B >= 0) share its advantage
+and do not count again in the group's statistics.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from policy_opt.bank import CRITIC, ModelSpec
 from policy_opt.batch import Batch
+from policy_opt.need import VALUES_OLD, Need
 from policy_opt.part import Ctx, Part
 
 
-def group_sums(value_B: Tensor, index_B: Tensor, count: int) -> Tensor:
-    """Sum of a row quantity over each group: [Q]."""
-    return torch.zeros(count, dtype=value_B.dtype, device=value_B.device).index_add_(0, index_B, value_B)
+class Groups(NamedTuple):
+    """Rewards as deviations from their group's mean."""
+
+    index_B: Tensor
+    """Group number of each row."""
+    size_Q: Tensor
+    """Members of each group, in the rewards' dtype."""
+    reward_B: Tensor
+    """Rewards as floats."""
+    centred_B: Tensor
+    """R - mean_g R; exactly 0 where all members have one reward."""
+    once_B: Tensor | None
+    """1 for the first row of each trajectory, 0 for its further segments; None where there are none."""
+
+    def sums(self, value_B: Tensor) -> Tensor:
+        """Sum over each group's members: [Q]."""
+        value_B = value_B if self.once_B is None else value_B * self.once_B
+        return torch.zeros_like(self.size_Q).index_add_(0, self.index_B, value_B)
+
+
+def groups(b: Batch, unit: str = "group_B") -> Groups:
+    """Group statistics of reward_B."""
+    index_B, count = b.index(unit)
+    reward_B = floating(b["reward_B"])
+    once_B = b.once().to(reward_B.dtype) if b.branched else None
+    size_Q = torch.bincount(index_B, once_B, minlength=count).to(reward_B.dtype)
+    # Subtracting one member's reward first makes equal rewards exactly 0 and loses no digits to a large offset.
+    first_Q = torch.empty_like(size_Q).index_copy_(0, index_B, reward_B)
+    shifted_B = reward_B - first_Q[index_B]
+    found = Groups(index_B, size_Q, reward_B, shifted_B, once_B)
+    return found._replace(centred_B=shifted_B - (found.sums(shifted_B) / size_Q)[index_B])
+
+
+def floating(value: Tensor) -> Tensor:
+    """Integers as the default float type, floats as they are."""
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
+_ROW = frozenset({"reward_B", "group_B"})
 
 
 @dataclass(frozen=True)
 class GroupNorm(Part):
-    """A_i = (R_i - mean_g R) / (std_g R + eps), constant over the row's tokens (GRPO).
+    """A_i = (R_i - mean_g R) / (std_g R + eps), the same on every token of the row (GRPO).
 
     A group of one has no spread: its member gets R / (1 + eps), as in verl.
     """
@@ -36,34 +80,158 @@ class GroupNorm(Part):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({"reward_B", "group_B"})
+        return _ROW
 
     @property
     def writes(self) -> frozenset[str]:
         return frozenset({"adv_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        index_B, count = b.index()
-        reward_B = floating(b["reward_B"])
-        size_Q = torch.bincount(index_B, minlength=count).to(reward_B.dtype)
-        single_Q = size_Q == 1
-        mean_Q = torch.where(single_Q, 0, group_sums(reward_B, index_B, count) / size_Q)
-        centred_B = reward_B - mean_Q[index_B]
-        var_Q = group_sums(centred_B.square(), index_B, count) / (size_Q - self.ddof).clamp(min=1)
-        scale_Q = torch.where(single_Q, 1, var_Q.sqrt()) + self.eps
-        # Equal rewards must give exactly 0, also with eps = 0 and where the mean is rounded.
-        same_Q = _equal(reward_B, index_B, count) & ~single_Q
-        return b.put(adv_B=torch.where(same_Q[index_B], 0, centred_B / scale_Q[index_B]))
+        g = groups(b)
+        single_Q = g.size_Q == 1
+        std_Q = (g.sums(g.centred_B.square()) / (g.size_Q - self.ddof).clamp(min=1)).sqrt()
+        # With eps = 0 an all-equal group would be 0 / 0.
+        scale_Q = torch.where(single_Q | (std_Q + self.eps == 0), 1.0, std_Q) + self.eps
+        top_B = torch.where(single_Q[g.index_B], g.reward_B, g.centred_B)
+        return b.put(adv_B=top_B / scale_Q[g.index_B])
 
 
-def _equal(value_B: Tensor, index_B: Tensor, count: int) -> Tensor:
-    """Groups whose members all have one value: [Q]."""
-    first_Q = torch.empty(count, dtype=value_B.dtype, device=value_B.device).index_copy_(0, index_B, value_B)
-    other_Q = torch.zeros(count, dtype=torch.long, device=value_B.device)
-    other_Q.index_add_(0, index_B, (value_B != first_Q[index_B]).long())
-    return other_Q == 0
+@dataclass(frozen=True)
+class GroupCentre(Part):
+    """A_i = R_i - mean_g R: no division by the spread (Dr. GRPO); a group of one gets 0."""
+
+    stage: ClassVar[str] = "advantage"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return _ROW
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({"adv_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        return b.put(adv_B=groups(b).centred_B)
 
 
-def floating(value: Tensor) -> Tensor:
-    """Integers as the default float type, floats as they are."""
-    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+@dataclass(frozen=True)
+class LeaveOneOut(Part):
+    """A_i = R_i - mean of the other members' rewards = G / (G - 1) (R_i - mean_g R) (RLOO).
+
+    A group of one has no others: 0, as in TRL, with a warning (verl keeps R).
+    """
+
+    stage: ClassVar[str] = "advantage"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return _ROW
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({"adv_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        g = groups(b)
+        singles = int((g.size_Q == 1).sum())
+        if singles:
+            warnings.warn(f"{ctx.recipe}: {singles} groups of one member learn nothing", stacklevel=2)
+        return b.put(adv_B=g.centred_B * (g.size_Q / (g.size_Q - 1).clamp(min=1))[g.index_B])
+
+
+@dataclass(frozen=True)
+class GAE(Part):
+    """Generalised advantage estimation over the policy's tokens (Schulman et al. 2015, arXiv 1506.02438).
+
+    Tokens outside the mask are skipped: value and trace are carried across a tool's output, so inserting one
+    changes nothing. The value after the last token is 0. returns = advantage + value.
+    """
+
+    stage: ClassVar[str] = "advantage"
+    gamma: float = 1.0
+    """Discount per policy token."""
+    lam: float = 0.95
+    """lambda: 1 is Monte Carlo, 0 the one-step error."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (VALUES_OLD,)
+
+    @property
+    def models(self) -> Mapping[str, ModelSpec]:
+        return {"critic": CRITIC}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"token_reward_BT"})
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({"adv_BT", "returns_BT"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        value_BT = torch.where(b.mask_BT, b["values_old_BT"], 0)
+        mask_TB, reward_TB, value_TB = b.mask_BT.T, b["token_reward_BT"].T, value_BT.T
+        adv_TB = torch.zeros_like(value_TB)
+        trace_B = next_B = torch.zeros_like(value_TB[:1].sum(0))
+        for t in reversed(range(b.T)):
+            delta_B = reward_TB[t] + self.gamma * next_B - value_TB[t]
+            trace_B = torch.where(mask_TB[t], delta_B + self.gamma * self.lam * trace_B, trace_B)
+            next_B = torch.where(mask_TB[t], value_TB[t], next_B)
+            adv_TB[t] = trace_B
+        adv_BT = torch.where(b.mask_BT, adv_TB.T, 0)
+        return b.put(adv_BT=adv_BT, returns_BT=adv_BT + value_BT)
+
+
+@dataclass(frozen=True)
+class RewardToGo(Part):
+    """A_t = r_t + gamma A_(next policy token): discounted return, carried across tokens outside the mask."""
+
+    stage: ClassVar[str] = "advantage"
+    gamma: float = 1.0
+    """Discount per policy token."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"token_reward_BT"})
+
+    @property
+    def writes(self) -> frozenset[str]:
+        return frozenset({"adv_BT"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        mask_TB, reward_TB = b.mask_BT.T, b["token_reward_BT"].T
+        found_TB = torch.zeros_like(reward_TB)
+        trace_B = torch.zeros_like(reward_TB[:1].sum(0))
+        for t in reversed(range(b.T)):
+            trace_B = torch.where(mask_TB[t], reward_TB[t] + self.gamma * trace_B, trace_B)
+            found_TB[t] = trace_B
+        return b.put(adv_BT=torch.where(b.mask_BT, found_TB.T, 0))
+
+
+@dataclass(frozen=True)
+class Whiten(Part):
+    """(A - mean) / sqrt(var + eps) over all policy tokens of the batch; var with Bessel's correction.
+
+    An advantage per row stays per row, and counts as often as the row has tokens.
+    """
+
+    stage: ClassVar[str] = "advantage"
+    eps: float = 1e-8
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv"})
+
+    @property
+    def overwrites(self) -> frozenset[str]:
+        return frozenset({"adv"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        name = "adv_BT" if "adv_BT" in b else "adv_B"
+        adv = b[name]
+        weight = (b.mask_BT if name == "adv_BT" else b.mask_BT.sum(1)).to(adv.dtype)
+        count = weight.sum().clamp(min=1)
+        centred = adv - (adv * weight).sum() / count
+        var = (centred.square() * weight).sum() / (count - 1).clamp(min=1)
+        return b.over(**{name: torch.where(weight > 0, centred / (var + self.eps).sqrt(), 0)})

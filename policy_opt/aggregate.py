@@ -1,8 +1,8 @@
 """Aggregations: how token losses become one number.
 
-Every aggregation is linear, so it is given as coefficients: loss = sum(c_BT * loss_BT), or sum(c_B * loss_B) where the
-surrogate's loss is already per row. The coefficients depend on masks only, never on streams: a micro-batch needs
-nothing but its own rows of them, and the whole-batch denominator is right by construction.
+Every aggregation is linear, so it is given as coefficients: loss = sum(c_BT * loss_BT), or sum(c_B * loss_B)
+where the surrogate's loss is already per row. The coefficients depend on masks only, never on streams: a
+micro-batch needs nothing but its own rows of them, and the whole-batch denominator is right by construction.
 """
 
 from __future__ import annotations

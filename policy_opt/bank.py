@@ -37,7 +37,9 @@ class ModelSpec:
     """One model of the bank."""
 
     role: Literal["copy", "critic", "teacher", "reward", "probe", "seat"]
-    """copy: the policy's architecture and weights (reference, EMA); critic: a value head on its own trunk; ..."""
+    """copy: the policy's architecture and weights (reference, EMA); critic: a value head on its own trunk;
+    ...
+    """
     source: str = "policy"
     """Where the weights come from at the start: `policy`, or a path or model id."""
     optimizer: Optim | None = None

@@ -1,15 +1,16 @@
 """Batch: trajectories as tensors and named columns.
 
-The suffix of a name is its shape: `reward_B` [rows], `adv_BT` [rows, tokens], `scores_BK` [rows, scores]. B and T are
-this batch's sizes, a digit is that very size, any other letter is free. Entry t of a per-token tensor speaks of token
-t. Shapes are checked on entry, nothing is broadcast silently, and writing over a column must be said.
-"""
+The suffix of a name is its shape: `reward_B` [rows], `adv_BT` [rows, tokens], `scores_BK` [rows, scores]. B
+and T are this batch's sizes, a digit is that very size, any other letter is free. Entry t of a per-token
+tensor speaks of token t. Shapes are checked on entry, nothing is broadcast silently, and writing over a
+column must be said."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache as memoised
 from typing import Any
 
 import torch
@@ -22,12 +23,23 @@ UNITS = ("group_B", "task_B", "member_B", "seat_B", "parent_B", "turn_BT", "segm
 _SUFFIX = re.compile(r".*_([A-Z0-9]+)$")
 
 
+@memoised
 def dims(name: str) -> str:
     """`adv_BT` -> `BT`; BatchError where a name has no shape suffix."""
     match = _SUFFIX.match(name)
     if match is None:
         raise BatchError(f"column `{name}` has no shape suffix; call it `{name}_B`, `{name}_BT`, ...")
     return match.group(1)
+
+
+def is_stem(name: str) -> bool:
+    """`adv` is a stem, `adv_BT` a column."""
+    return _SUFFIX.match(name) is None
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """The columns that a name may mean: itself, or for a stem the finer column first."""
+    return (f"{name}_BT", f"{name}_B") if is_stem(name) else (name,)
 
 
 @dataclass(frozen=True)
@@ -70,43 +82,32 @@ class Batch:
             self._check("pairs_P2", self.pairs_P2)
 
     @classmethod
-    def build(cls, *, mask_BT: Tensor, group_B: Tensor, **columns: Any) -> Batch:
-        """A batch from whatever is at hand; what is not given gets its neutral value (task = group, version 0, ...).
+    def build(cls, *, mask_BT: Any, group_B: Any, **columns: Any) -> Batch:
+        """A batch from whatever is at hand; what is not given gets its neutral value (task = group, version 0).
 
         Columns may be tensors or nested lists; masks become bool, units int64.
         """
-        mask = torch.as_tensor(mask_BT).bool()
-        size_b, size_t = mask.shape
-        rest = {k: v if isinstance(v, Tensor) else torch.as_tensor(v) for k, v in columns.items() if k in CORE}
-        group = torch.as_tensor(group_B).long()
-        units = {
-            "group_B": group,
-            "task_B": group,
-            "member_B": torch.zeros_like(group),
-            "seat_B": torch.zeros_like(group),
-            "parent_B": torch.full_like(group, -1),
-            "turn_BT": torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device),
-            "segment_BT": torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device),
-        }
-        special = {k: columns[k] for k in ("pairs_P2", "media", "soft", "names") if k in columns}
-        cols = {}
-        for name, value in columns.items():
-            if name in units:
-                units[name] = torch.as_tensor(value).long()
-            elif name not in CORE and name not in special:
-                cols[name] = torch.as_tensor(value)
+        special = {k: columns.pop(k) for k in ("pairs_P2", "media", "soft", "names") if k in columns}
+        given = {k: torch.as_tensor(v) for k, v in columns.items()}
+        mask_BT = torch.as_tensor(mask_BT).bool()
+        group_B = torch.as_tensor(group_B).long()
+        none_BT = torch.zeros(mask_BT.shape, dtype=torch.long, device=mask_BT.device)
+        none_B = torch.zeros_like(group_B)
+        units = {"group_B": group_B, "task_B": group_B, "member_B": none_B, "seat_B": none_B}
+        units |= {"parent_B": none_B - 1, "turn_BT": none_BT, "segment_BT": none_BT}
+        units |= {k: given.pop(k).long() for k in UNITS if k in given}
         return cls(
-            tokens_BT=rest.get("tokens_BT", torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device)),
-            real_BT=rest.get("real_BT", mask).bool(),
-            mask_BT=mask,
-            logp_sampler_BT=rest.get("logp_sampler_BT", torch.zeros(size_b, size_t, device=mask.device)),
-            version_BT=rest.get("version_BT", torch.zeros(size_b, size_t, dtype=torch.long, device=mask.device)),
+            tokens_BT=given.pop("tokens_BT", none_BT),
+            real_BT=given.pop("real_BT", mask_BT).bool(),
+            mask_BT=mask_BT,
+            logp_sampler_BT=given.pop("logp_sampler_BT", none_BT.to(torch.get_default_dtype())),
+            version_BT=given.pop("version_BT", none_BT),
             units=units,
-            cols=cols,
+            cols=given,
             **special,
         )
 
-    # -- reading --------------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------
 
     @property
     def B(self) -> int:
@@ -130,8 +131,11 @@ class Batch:
         raise BatchError(unknown("column", name, self.columns))
 
     def __contains__(self, name: object) -> bool:
-        return name in self.cols or name in self.units or name in CORE or (
-            name == "pairs_P2" and self.pairs_P2 is not None
+        return (
+            name in self.cols
+            or name in self.units
+            or name in CORE
+            or (name == "pairs_P2" and self.pairs_P2 is not None)
         )
 
     @property
@@ -149,11 +153,22 @@ class Batch:
     def index(self, unit: str = "group_B") -> tuple[Tensor, int]:
         """Rows of a unit column numbered 0..Q-1 in order of id: (index_B, Q). Ids need not be contiguous."""
         if unit not in self.cache:
-            ids, index = torch.unique(self[unit], return_inverse=True)
-            self.cache[unit] = (index, int(ids.numel()))
+            ids, index_B = torch.unique(self[unit], return_inverse=True)
+            self.cache[unit] = (index_B, int(ids.numel()))
         return self.cache[unit]
 
-    # -- writing --------------------------------------------------------------------------------------------------
+    @property
+    def branched(self) -> bool:
+        """Does any trajectory have more than one row (segments with parent_B >= 0)?"""
+        if "branched" not in self.cache:
+            self.cache["branched"] = bool((self["parent_B"] >= 0).any())
+        return self.cache["branched"]
+
+    def once(self) -> Tensor:
+        """True on the first row of each trajectory, for statistics that count a trajectory once: [B]."""
+        return self["parent_B"] < 0
+
+    # -- writing ---------------------------------------------------------------------------------------------
 
     def put(self, **columns: Tensor) -> Batch:
         """A batch with new columns; BatchError where one is there already (see `over`)."""
@@ -181,28 +196,24 @@ class Batch:
 
     def _check(self, name: str, value: Tensor) -> None:
         sizes = {"B": self.tokens_BT.shape[0], "T": self.tokens_BT.shape[1]}
-        suffix = dims(name)
+        suffix, shape = dims(name), tuple(value.shape)
         wanted = [int(d) if d.isdigit() else sizes.get(d) for d in suffix]
-        shape = tuple(value.shape)
-        if len(shape) != len(wanted) or any(w is not None and w != s for w, s in zip(wanted, shape, strict=False)):
-            expected = ", ".join(f"{d}={w}" if w is not None else d for d, w in zip(suffix, wanted, strict=True))
-            raise BatchError(f"column `{name}` has shape {shape}, expected [{expected}]")
+        fits = len(shape) == len(wanted) and all(w in (None, s) for w, s in zip(wanted, shape, strict=True))
+        if not fits:
+            expected = [d if w is None else f"{d}={w}" for d, w in zip(suffix, wanted, strict=True)]
+            raise BatchError(f"column `{name}` has shape {shape}, expected [{', '.join(expected)}]")
 
-    # -- rows -----------------------------------------------------------------------------------------------------
+    # -- rows ------------------------------------------------------------------------------------------------
 
     def rows(self, rows_R: Tensor) -> Batch:
         """The named rows (int64 indices) in that order; pairs keep those whose two rows are both here."""
+
         def take(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {k: v[rows_R] if dims(k).startswith("B") else v for k, v in values.items()}
 
-        return replace(
-            self,
-            **{name: getattr(self, name)[rows_R] for name in CORE},
-            units=take(self.units),
-            cols=take(self.cols),
-            pairs_P2=None if self.pairs_P2 is None else self._pairs_of(rows_R),
-            cache={},
-        )
+        changes: dict[str, Any] = {name: getattr(self, name)[rows_R] for name in CORE}
+        changes["pairs_P2"] = None if self.pairs_P2 is None else self._pairs_of(rows_R)
+        return replace(self, **changes, units=take(self.units), cols=take(self.cols), cache={})
 
     def _pairs_of(self, rows_R: Tensor) -> Tensor:
         assert self.pairs_P2 is not None
@@ -229,30 +240,26 @@ class Batch:
             shape[axis] = extra
             return torch.cat([value, value.new_zeros(shape)], axis)
 
-        return replace(
-            self,
-            **{name: wider(name, getattr(self, name)) for name in CORE},
-            units={k: wider(k, v) for k, v in self.units.items()},
-            cols={k: wider(k, v) for k, v in self.cols.items()},
-        )
+        changes: dict[str, Any] = {name: wider(name, getattr(self, name)) for name in CORE}
+        changes["units"] = {k: wider(k, v) for k, v in self.units.items()}
+        return replace(self, **changes, cols={k: wider(k, v) for k, v in self.cols.items()})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on a device."""
-        def move(values: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
-            return None if values is None else {k: v.to(device) for k, v in values.items()}
 
-        return replace(
-            self,
-            **{name: getattr(self, name).to(device) for name in CORE},
-            units=move(self.units),
-            cols=move(self.cols),
-            pairs_P2=None if self.pairs_P2 is None else self.pairs_P2.to(device),
-            media=move(self.media),
-            soft=move(self.soft),
-            cache={},
-        )
+        def move(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.to(device) for k, v in values.items()}
 
-    # -- state ----------------------------------------------------------------------------------------------------
+        changes: dict[str, Any] = {name: getattr(self, name).to(device) for name in CORE}
+        changes["pairs_P2"] = None if self.pairs_P2 is None else self.pairs_P2.to(device)
+        changes |= {
+            k: move(getattr(self, k))
+            for k in ("units", "cols", "media", "soft")
+            if getattr(self, k) is not None
+        }
+        return replace(self, **changes, cache={})
+
+    # -- state -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of tensors and strings, for batches that a recipe carries over (previous, replay)."""
@@ -275,35 +282,35 @@ def concat(batches: Sequence[Batch]) -> Batch:
         raise BatchError("cannot concatenate zero batches")
     if len(batches) == 1:
         return batches[0]
-    lacking = set().union(*(b.columns for b in batches)) - set.intersection(*(set(b.columns) for b in batches))
-    if lacking - {"pairs_P2"}:
+    everywhere = frozenset.intersection(*(b.columns for b in batches))
+    lacking = frozenset.union(*(b.columns for b in batches)) - everywhere - {"pairs_P2"}
+    if lacking:
         raise BatchError(f"cannot concatenate: {sorted(lacking)} are not in all batches")
     width = max(b.T for b in batches)
     wide = [b.pad(width) for b in batches]
-    first = wide[0]
-
-    def stack(values: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        values = list(values)
-        return {k: torch.cat([v[k] for v in values]) if dims(k).startswith("B") else values[0][k] for k in values[0]}
-
     starts = [sum(b.B for b in wide[:i]) for i in range(len(wide))]
     pairs = [b.pairs_P2 + start for b, start in zip(wide, starts, strict=True) if b.pairs_P2 is not None]
-    media = [b.media for b in wide if b.media is not None]
-    soft = [b.soft for b in wide if b.soft is not None]
+    changes: dict[str, Any] = {name: torch.cat([getattr(b, name) for b in wide]) for name in CORE}
+    changes["pairs_P2"] = torch.cat(pairs) if pairs else None
+    changes["media"] = _merge([b.media for b in wide if b.media is not None])
+    changes["soft"] = _merge([b.soft for b in wide if b.soft is not None])
     return replace(
-        first,
-        **{name: torch.cat([getattr(b, name) for b in wide]) for name in CORE},
-        units=stack(b.units for b in wide),
-        cols=stack(b.cols for b in wide),
-        pairs_P2=torch.cat(pairs) if pairs else None,
-        media=_merge(media),
-        soft=_merge(soft),
+        wide[0],
+        **changes,
+        units=_stack([b.units for b in wide]),
+        cols=_stack([b.cols for b in wide]),
         cache={},
     )
 
 
+def _stack(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Row columns under each other; others as the first batch has them."""
+    first = values[0]
+    return {k: torch.cat([v[k] for v in values]) if dims(k).startswith("B") else first[k] for k in first}
+
+
 def _merge(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Dicts of tensors joined by key; a key in two of them is an error, since media are stored once per group."""
+    """Dicts of tensors joined by key; a key in two of them is an error: media are stored once per group."""
     if not parts:
         return None
     merged: dict[str, Tensor] = {}

@@ -1,8 +1,7 @@
 """The curriculum: which tasks are played, and which finished groups are accepted.
 
-It proposes from a finite pool with stable ids, looks at finished groups, and asks for more in place of those it
-rejects: bounded, and counted.
-"""
+It proposes from a finite pool with stable ids, looks at finished groups, and asks for more in place of those
+it rejects: bounded, and counted."""
 
 from __future__ import annotations
 
@@ -36,7 +35,9 @@ class Shuffled(Part):
 
 @dataclass(frozen=True)
 class Mixed(Part):
-    """Accept a group only if its members differ: 0 < number of successes < group size (DAPO's dynamic sampling)."""
+    """Accept a group only if its members differ: 0 < number of successes < group size (DAPO's dynamic
+    sampling).
+    """
 
     stage: ClassVar[str] = "accept"
     by: str = "correct_B"

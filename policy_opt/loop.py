@@ -16,10 +16,10 @@ import torch
 from policy_opt import metrics
 from policy_opt.batch import Batch, concat
 from policy_opt.errors import BatchError, RecipeError
-from policy_opt.need import Need
-from policy_opt.part import Ctx
+from policy_opt.part import Ctx, run
 from policy_opt.protocols import Actor, Job, Learner
-from policy_opt.recipe import Recipe
+from policy_opt.recipe import STAGES, Recipe
+from policy_opt.schedule import Fresh
 from policy_opt.state import decode, encode
 from policy_opt.step import Known, check_finite, optimize, score
 
@@ -39,6 +39,7 @@ class RunSize:
     seed: int = 0
     """Seed of the run; every random stream derives from it."""
     split: str = "train"
+    """Which tasks."""
 
 
 class Loop:
@@ -51,6 +52,7 @@ class Loop:
         self.next_group = 0
         self.states: dict[str, dict[str, Any]] = {}
         self.prepared: str | None = None
+        self.known = Known()
 
     def iterate(self) -> tuple[Batch, dict[str, float]]:
         """One iteration: (the batch that was trained on, with all columns; its numbers)."""
@@ -58,18 +60,17 @@ class Loop:
         b = self.rollout(recipe, ctx)
         b = self.columns(recipe, b, ctx)
         b = self.update(recipe, b, ctx)
-        for _, part in recipe.parts():
-            part.observe(b, ctx)
-        for name, spec in recipe.models.items():
-            if spec.sync_every and (self.step + 1) % spec.sync_every == 0:
-                self.learner.sync(name)
+        self.observe(recipe, b, ctx)
         self.step += 1
         return b, ctx.metrics
 
-    # -- stages ---------------------------------------------------------------------------------------------------
+    # -- stages -------------------------------------------------------------------------------------------
 
-    def enter(self) -> tuple[Recipe, Ctx]:
-        """The recipe of the phase that the run is in, its models built, and this iteration's context."""
+    def prepare(self) -> tuple[Recipe, str, int, tuple[str, ...]]:
+        """Build the models of the phase that the run is in: (recipe, name of the phase, its first step, syncs).
+
+        Called by every iteration; a trainer calls it before it loads the bank's weights from a checkpoint.
+        """
         name, recipe, start, sync = "", self.recipe, 0, ()
         for phase in self.recipe.phases:
             name, recipe, sync = phase.name, phase.recipe, phase.sync
@@ -79,6 +80,11 @@ class Loop:
         if self.prepared != name:
             self.learner.prepare(recipe.models, recipe.needs, recipe.optimizer)
             self.prepared = name
+        return recipe, name, start, sync
+
+    def enter(self) -> tuple[Recipe, Ctx]:
+        """This iteration's recipe and context."""
+        recipe, name, start, sync = self.prepare()
         if self.step == start:
             for model in sync:
                 self.learner.sync(model)
@@ -88,7 +94,7 @@ class Loop:
             recipe=recipe.slug,
             lr=self.learner.lr,
             states=self.states.setdefault(name, {}),
-            paths={id(part): path for path, part in recipe.parts()},
+            paths={id(part): path for path, part in recipe.parts},
             actor=self.actor,
             learner=self.learner,
         )
@@ -104,27 +110,24 @@ class Loop:
             keep_B = curriculum.screen(b, ctx)
             played.append(b)
             if keep_B.any():
-                kept.append(b.rows(keep_B.nonzero().squeeze(1)))
+                kept.append(b if keep_B.all() else b.rows(keep_B.nonzero().squeeze(1)))
                 missing -= kept[-1].index()[1]
             if missing <= 0:
                 break
         everything = concat(played)
         ctx.metrics |= metrics.of_rollout(everything)
-        accepted = sum(b.index()[1] for b in kept)
-        ctx.log("groups_rejected", everything.index()[1] - accepted)
+        ctx.log("groups_rejected", everything.index()[1] - sum(b.index()[1] for b in kept))
         ctx.log("rollout_rounds", len(played))
-        if not kept:
-            return everything.silence(torch.zeros(everything.B, dtype=torch.bool))
-        return concat(kept)
+        return concat(kept) if kept else everything.silence(torch.zeros_like(everything["reward_B"]))
 
     def jobs(self, recipe: Recipe, groups: int, ctx: Ctx) -> list[Job]:
         """Episodes to play for so many groups: unfinished ones go on, the rest are new tasks."""
-        size, curriculum = self.size.group_size + recipe.curriculum.extra, recipe.curriculum
-        sampler = recipe.sampler
-        jobs = [Job(t, g, m, self.size.split, resume=True, sampler=sampler) for t, g, m in curriculum.unfinished(ctx)]
+        curriculum, sampler, split = recipe.curriculum, recipe.sampler, self.size.split
+        size = self.size.group_size + curriculum.extra
+        jobs = [Job(*ids, split, resume=True, sampler=sampler) for ids in curriculum.unfinished(ctx)]
         fresh = max(groups - -(-len(jobs) // size), 0)
         for task in curriculum.order(fresh, self.size.tasks, ctx) if fresh else ():
-            jobs += [Job(task, self.next_group, m, self.size.split, sampler=sampler) for m in range(size)]
+            jobs += [Job(task, self.next_group, member, split, sampler=sampler) for member in range(size)]
             self.next_group += 1
         return jobs
 
@@ -132,62 +135,38 @@ class Loop:
         """Expand, score what the parts need, then signals, reward, advantage and credit."""
         for part in recipe.expand:
             b = part(b, ctx)
-        deferred = self.deferred(recipe)
-        needs = [n for n in recipe.needs if n.when == "rollout"]
-        self.known = Known(self.learner.version, {n.quantity: n.name for n in needs}, deferred)
-        values = score(self.learner, b, [n for n in needs if n.name not in deferred], recipe.slug)
-        b = b.put(**values)
-        for part in (*recipe.signals, *recipe.reward, *recipe.advantage, *recipe.credit):
-            if part.when == "rollout":
-                b = part(b, ctx)
+        needs = [need for need in recipe.needs if need.when == "rollout"]
+        self.known = Known(self.learner.version, {n.quantity: n.name for n in needs}, deferred(recipe))
+        wanted = [need for need in needs if need.name not in self.known.deferred]
+        b = b.put(**score(self.learner, b, wanted, recipe.slug))
+        for stage in STAGES[1:]:
+            for i, part in enumerate(getattr(recipe, stage)):
+                if part.when == "rollout":
+                    b = run(f"{stage}.{i}", part, b, ctx)
         return b
-
-    def deferred(self, recipe: Recipe) -> dict[str, str]:
-        """Columns that the step's own forward gives: {column: stream}.
-
-        A single step on the fresh batch starts from the weights that gave logp_old, so its live streams *are* that
-        column, unless a part reads it before or a loss looks at several rows at once.
-        """
-        steps = recipe.schedule.steps
-        single = len(steps) == 1 and steps[0].epochs == steps[0].minibatches == 1 and not steps[0].parts
-        terms = [t for t in recipe.terms if t.on]
-        if not (single and steps[0].terms is None and type(steps[0].source).__name__ == "Fresh"):
-            return {}
-        if any(t.loss.scope != "row" for t in terms):
-            return {}
-        stages = (recipe.expand, recipe.signals, recipe.reward, recipe.advantage, recipe.credit)
-        early = {n.name for stage in stages for part in stage for n in part.needs}
-        live: dict[tuple, Need] = {n.quantity: n for n in recipe.needs if n.when == "loss"}
-        return {
-            n.name: live[n.quantity].name
-            for n in recipe.needs
-            if n.when == "rollout" and n.quantity in live and n.name not in early
-        }
 
     def update(self, recipe: Recipe, fresh: Batch, ctx: Ctx) -> Batch:
         """The schedule's optimizer steps; returns the fresh batch with what they added."""
         steps = []
-        timely = [p for stage in ("signals", "advantage", "credit") for p in getattr(recipe, stage) if p.when == "step"]
+        timely = [(path, part) for path, part in recipe.parts if part.stage in STAGES and part.when == "step"]
         for number, step in enumerate(recipe.schedule.steps):
             b = step.source.draw(fresh, ctx)
             if b is None or not b.mask_BT.any():
                 continue
             known = self.known if b is fresh else Known()
             terms = recipe.terms if step.terms is None else step.terms
-            b = self.complete(b, (*step.parts, *(t.loss for t in terms if t.on)), known, ctx)
-            for part in step.parts:
-                b = part(b, ctx)
-            for rows in recipe.schedule.minibatches(b, step, ctx, number):
-                some = b if rows.numel() == b.B else b.rows(rows)
+            b = self.complete(b, (*step.parts, *(term.loss for term in terms if term.on)), known, ctx)
+            for i, part in enumerate(step.parts):
+                b = run(f"schedule.steps.{number}.parts.{i}", part, b, ctx)
+            for rows_R in recipe.schedule.minibatches(b, step, ctx, number):
+                some = b if rows_R.numel() == b.B else b.rows(rows_R)
                 if not some.mask_BT.any():
                     continue
-                some, streams, loss, numbers = optimize(terms, timely, some, ctx, known, step.lr_scale)
-                steps.append({**numbers, **metrics.of_step(loss, streams, some)})
-                for _, part in recipe.parts():
-                    part.after_step(some, ctx)
-                self.average(recipe)
-            if known.deferred:
-                fresh = some
+                taken = optimize(terms, timely, some, ctx, known, step.lr_scale)
+                steps.append({**taken.numbers, **metrics.of_step(taken.loss, taken.streams, taken.batch)})
+                self.after_step(recipe, taken.batch, steps[-1], ctx)
+                if known.deferred:
+                    fresh = taken.batch
         ctx.metrics |= metrics.over_steps(steps)
         ctx.log("optimizer_steps", len(steps))
         ctx.log("logp_gap", metrics.logp_gap(fresh))
@@ -195,16 +174,28 @@ class Loop:
 
     def complete(self, b: Batch, parts: tuple[Any, ...], known: Known, ctx: Ctx) -> Batch:
         """Score the rollout-time needs that a drawn batch (a demonstration, say) does not carry yet."""
-        lacking = {n.name: n for p in parts for n in p.needs if n.when == "rollout" and n.name not in b}
-        return b.put(**score(self.learner, b, [n for k, n in lacking.items() if k not in known.deferred], ctx.recipe))
+        needs = {need.name: need for part in parts for need in part.needs if need.when == "rollout"}
+        lacking = [need for name, need in needs.items() if name not in b and name not in known.deferred]
+        return b.put(**score(self.learner, b, lacking, ctx.recipe))
 
-    def average(self, recipe: Recipe) -> None:
-        """Move the bank's averages towards the policy."""
+    def after_step(self, recipe: Recipe, b: Batch, numbers: dict[str, float], ctx: Ctx) -> None:
+        """Parts that react to a step, and the bank's moving averages."""
+        ctx.step_metrics = numbers
+        for _, part in recipe.parts:
+            part.after_step(b, ctx)
         for name, spec in recipe.models.items():
             if spec.ema is not None:
                 self.learner.sync(name, spec.ema)
 
-    # -- state ----------------------------------------------------------------------------------------------------
+    def observe(self, recipe: Recipe, b: Batch, ctx: Ctx) -> None:
+        """Parts that keep state write it; models that follow the policy at intervals take over its weights."""
+        for _, part in recipe.parts:
+            part.observe(b, ctx)
+        for name, spec in recipe.models.items():
+            if spec.sync_every and (self.step + 1) % spec.sync_every == 0:
+                self.learner.sync(name)
+
+    # -- state --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but weights and optimizers, as tensors, numbers and text."""
@@ -219,6 +210,24 @@ class Loop:
             raise RecipeError(f"not the state of a loop: {error!r}") from error
 
 
+def deferred(recipe: Recipe) -> dict[str, str]:
+    """Columns that the step's own forward gives: {column: stream}.
+
+    A single step on the fresh batch starts from the weights that gave logp_old, so its live streams *are*
+    that column, unless a part reads it before or a loss looks at several rows at once.
+    """
+    steps, terms = recipe.schedule.steps, [term for term in recipe.terms if term.on]
+    one = len(steps) == 1 and steps[0].epochs == steps[0].minibatches == 1
+    if not one or steps[0].parts or steps[0].terms is not None or not isinstance(steps[0].source, Fresh):
+        return {}
+    if any(term.loss.scope != "row" for term in terms):
+        return {}
+    early = {n.name for stage in STAGES for part in getattr(recipe, stage) for n in part.needs}
+    live = {need.quantity: need.name for need in recipe.needs if need.when == "loss"}
+    waiting = [n for n in recipe.needs if n.when == "rollout" and n.quantity in live and n.name not in early]
+    return {need.name: live[need.quantity] for need in waiting}
+
+
 def validate(b: Batch, recipe: str) -> None:
     """BatchError where a rollout is not one: names the tensor, its shape and the recipe."""
     if b.B == 0:
@@ -229,5 +238,8 @@ def validate(b: Batch, recipe: str) -> None:
         if not torch.isfinite(b[name]).all():
             raise BatchError(f"{recipe}: `{name}` of shape {tuple(b[name].shape)} holds NaN or infinity")
     if (b.mask_BT & ~b.real_BT).any():
-        raise BatchError(f"{recipe}: mask_BT of shape {tuple(b.mask_BT.shape)} is set where real_BT says there is no token")
+        shape = tuple(b.mask_BT.shape)
+        raise BatchError(
+            f"{recipe}: mask_BT of shape {shape} is set where real_BT says that there is no token"
+        )
     check_finite({"logp_sampler_BT": b.logp_sampler_BT}, b, recipe)

@@ -1,8 +1,8 @@
 """Needs: what a part asks of the model side, as data.
 
-A need is a quantity of a named model under a named view at a named time. The learner computes equal needs once, and
-reduces whatever has the size of the vocabulary chunk by chunk; a part never sees a `[B, T, V]` tensor.
-"""
+A need is a quantity of a named model under a named view at a named time. The learner computes equal needs
+once, and reduces whatever has the size of the vocabulary chunk by chunk; a part never sees a `[B, T, V]`
+tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ When = Literal["rollout", "step", "loss"]
 Where = Literal["actions", "prompt", "all"]
 
 
-# -- what: functionals of the model at a token -------------------------------------------------------------------
+# -- what: functionals of the model at a token ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ SHAPE: dict[type, str] = {
 """Suffix that the name of a need must have."""
 
 
-# -- views: which text or image the model is shown ---------------------------------------------------------------
+# -- views: which text or image the model is shown -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class Need(NamedTuple):
     """A model of the bank."""
     view: View = Same()
     when: When = "rollout"
-    """rollout: once after the rollout; step: before each optimizer step with its weights; loss: with gradient."""
+    """rollout: once after the rollout; step: before each optimizer step with its weights; loss: with
+    gradient.
+    """
     where: Where = "actions"
     """actions: entries outside mask_BT are 0; prompt: outside the opening prompt; all: every real token."""
 

@@ -1,9 +1,9 @@
-"""Part: one function at one stage of the flow, as a frozen dataclass of its options; and the context it is given.
+"""Part: one function at one stage of the flow, as a frozen dataclass of its options; and the context it is
+given.
 
 A part is pure: it sees the whole batch, uses no gradient, and returns a batch with more columns. What it must
-remember stands in `ctx.state(self)`, which is checkpointed for it. What it reads, writes and needs is declared, so that
-a recipe can be checked before anything is sampled.
-"""
+remember stands in `ctx.state(self)`, which is checkpointed for it. What it reads, writes and needs is
+declared, so that a recipe can be checked before anything is sampled."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from policy_opt.bank import ModelSpec
+from policy_opt.batch import Batch, spellings
+from policy_opt.errors import BatchError
 from policy_opt.need import Need
 
 if TYPE_CHECKING:
-    from policy_opt.batch import Batch
     from policy_opt.protocols import Actor, Learner
 
 
@@ -26,13 +27,12 @@ class Part:
     """What every part declares. Sub-classes are frozen dataclasses; `stage` says where they may stand.
 
     Roles and their call:
-        expand, signals, reward, advantage, credit   (b, ctx) -> Batch
-        surrogate                                    (streams, b) -> [B, T], [B] or a scalar
-        agg                                          tokens(num_BT, den_BT) -> [B, T];  rows(num_BT, den_BT) -> [B]
-        coef                                         value(ctx) -> float
-        accept                                       (b, ctx) -> keep_B
-        order                                        (n, tasks, ctx) -> task indices
-        source                                       draw(fresh, ctx) -> Batch or None
+        expand, signals, reward, advantage, credit   (b, ctx) -> Batch surrogate
+        (streams, b) -> [B, T], [B] or a scalar agg                                          tokens(num_BT,
+        den_BT) -> [B, T];  rows(num_BT, den_BT) -> [B] coef
+        value(ctx) -> float accept                                       (b, ctx) -> keep_B order
+        (n, tasks, ctx) -> task indices source                                       draw(fresh, ctx) -> Batch
+        or None
     """
 
     stage: ClassVar[str] = ""
@@ -41,6 +41,8 @@ class Part:
     """Paper and equation, for the tables."""
     when: ClassVar[Literal["rollout", "step"]] = "rollout"
     """step: run again on every mini-batch, before its optimizer step."""
+    privileged: ClassVar[bool] = False
+    """Does it bring in text that the task does not show (hints, solutions, feedback)?"""
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -49,7 +51,7 @@ class Part:
 
     @property
     def reads(self) -> frozenset[str]:
-        """Columns that must be there. A stem without suffix (`adv`) means either of adv_B and adv_BT."""
+        """Columns that must be there. A stem without suffix (`adv`) means adv_BT or adv_B, the finer one."""
         return frozenset()
 
     @property
@@ -64,7 +66,7 @@ class Part:
 
     @property
     def overwrites(self) -> frozenset[str]:
-        """Columns that it replaces; where they are not there yet, it adds them."""
+        """Columns that it replaces; where one is not there yet, it adds it. Stems as in `reads`."""
         return frozenset()
 
     @property
@@ -111,6 +113,8 @@ class Ctx:
     learner: Learner | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Numbers of this iteration."""
+    step_metrics: dict[str, float] = field(default_factory=dict)
+    """Numbers of the optimizer step just taken, for `after_step`."""
 
     def generator(self, purpose: str, *ids: int) -> torch.Generator:
         """A random stream of its own, a function of (run seed, purpose, ids) only."""
@@ -126,3 +130,16 @@ class Ctx:
     def log(self, name: str, value: float) -> None:
         """Put a number into this iteration's metrics."""
         self.metrics[name] = float(value)
+
+
+def run(path: str, part: Any, b: Batch, ctx: Ctx) -> Batch:
+    """A part's call; BatchError names recipe and part, also where it wrote a column that it does not declare."""
+    try:
+        found = part(b, ctx)
+    except BatchError as error:
+        raise BatchError(f"{ctx.recipe}: {path}: {error}") from error
+    allowed = {s for name in part.writes | part.overwrites for s in spellings(name)}
+    wrong = found.cols.keys() - b.cols.keys() - allowed
+    if wrong:
+        raise BatchError(f"{ctx.recipe}: {path} wrote {sorted(wrong)}, which it does not declare")
+    return found

@@ -1,8 +1,7 @@
 """The two sides that the loop talks to: the actor plays episodes, the learner holds the models.
 
-`agents` implements both for language models; `policy_opt.table` implements both for a softmax table, as small as can
-be, and is the place to look for what each call must do.
-"""
+`agents` implements both for language models; `policy_opt.table` implements both for a softmax table, as small
+as can be, and is the place to look for what each call must do."""
 
 from __future__ import annotations
 
@@ -91,8 +90,9 @@ class Actor(Protocol):
     def play(self, jobs: Sequence[Job]) -> Batch:
         """One row per job (or per segment of it), in the order of the jobs.
 
-        Columns besides the core and the units: reward_B (the verdict's), correct_B (0 or 1), length_B (generated
-        tokens), truncated_B (0 or 1), scores_BK with names, and every numeric fact of the verdict as `<fact>_B`.
+        Columns besides the core and the units: reward_B (the verdict's), correct_B (0 or 1), length_B
+        (generated tokens), truncated_B (0 or 1), scores_BK with names, and every numeric fact of the verdict
+        as `<fact>_B`.
         """
         ...
 
@@ -106,7 +106,8 @@ class Actor(Protocol):
 
 
 Pull = Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""(rows_R, live streams [R, T], detached) -> cotangents [R, T]; a stream that is left out gets no gradient."""
+"""(rows_R, live streams [R, T], detached) -> cotangents [R, T]; a stream that is left out gets no gradient.
+"""
 
 
 @runtime_checkable
@@ -118,10 +119,13 @@ class Learner(Protocol):
     lr: float
     """Learning rate that the next `step` uses for the policy."""
 
-    def prepare(self, models: Mapping[str, ModelSpec], needs: Sequence[Need], optimizer: Optim | None) -> None:
+    def prepare(
+        self, models: Mapping[str, ModelSpec], needs: Sequence[Need], optimizer: Optim | None
+    ) -> None:
         """Build the bank's models (those not built yet) and refuse, by RecipeError, a need that cannot be served.
 
-        Called before the first rollout of each phase. `optimizer` is the recipe's wish for the policy, None: yours.
+        Called before the first rollout of each phase. `optimizer` is the recipe's wish for the policy, None:
+        yours.
         """
         ...
 
@@ -132,9 +136,10 @@ class Learner(Protocol):
     def backward(self, b: Batch, needs: Sequence[Need], pull: Pull) -> Mapping[str, Tensor]:
         """Accumulate the gradient of sum(cotangent * stream) over all rows; return the streams of all rows, detached.
 
-        For each micro-batch of whole rows: forward with gradient, cotangents = pull(rows, streams.detach()), then
-        sum(cotangent * stream).backward(). Every row is pulled exactly once over all processes; gradients are summed
-        over processes, never averaged. The streams returned are [B, T], the same on every process.
+        For each micro-batch of whole rows: forward with gradient, cotangents = pull(rows, streams.detach()),
+        then sum(cotangent * stream).backward(). Every row is pulled exactly once over all processes;
+        gradients are summed over processes, never averaged. The streams returned are [B, T], the same on
+        every process.
         """
         ...
 

@@ -25,9 +25,13 @@ def plugins() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
         if point.name in shipped():
-            raise RecipeError(f"plugin {point.value} calls its recipe `{point.name}`, as one of Palaestra's is called")
+            raise RecipeError(
+                f"plugin {point.value} calls its recipe `{point.name}`, as one of Palaestra's is called"
+            )
         if point.name in found and found[point.name].value != point.value:
-            raise RecipeError(f"two plugins call a recipe `{point.name}`: {found[point.name].value} and {point.value}")
+            raise RecipeError(
+                f"two plugins call a recipe `{point.name}`: {found[point.name].value} and {point.value}"
+            )
         found[point.name] = point
     return found
 
@@ -38,7 +42,9 @@ def slugs() -> tuple[str, ...]:
 
 
 def get(name: str) -> Recipe:
-    """The recipe of a slug, or of `package.module:attribute`; RecipeError with a suggestion where there is none."""
+    """The recipe of a slug, or of `package.module:attribute`; RecipeError with a suggestion where there is
+    none.
+    """
     if ":" in name:
         return _load(name, name)
     if name in shipped():

@@ -1,8 +1,7 @@
 """The schedule: which optimizer steps an iteration takes, on which data.
 
-An iteration takes `steps` one after the other. Each draws a batch from its source, and passes over it `epochs` times
-in `minibatches` parts that never split a group.
-"""
+An iteration takes `steps` one after the other. Each draws a batch from its source, and passes over it
+`epochs` times in `minibatches` parts that never split a group."""
 
 from __future__ import annotations
 

@@ -52,7 +52,9 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if value is None or isinstance(value, Tensor | bool | int | float | str):
         return value
-    raise RecipeError(f"a part keeps a {type(value).__name__} in its state; keep tensors, numbers, text or a Store")
+    raise RecipeError(
+        f"a part keeps a {type(value).__name__} in its state; keep tensors, numbers, text or a Store"
+    )
 
 
 def decode(value: Any) -> Any:
@@ -61,7 +63,7 @@ def decode(value: Any) -> Any:
         return [decode(v) for v in value]
     if not isinstance(value, Mapping):
         return value
-    (kind, content), = value.items()
+    ((kind, content),) = value.items()
     if kind == "store":
         return Store(dict(zip(content["keys"].tolist(), content["values"].tolist(), strict=True)))
     inner = {k: decode(v) for k, v in content.items()} if kind == "map" else decode(content)

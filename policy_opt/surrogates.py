@@ -1,9 +1,11 @@
 """Surrogates: the loss of a token, a row or a batch as a function of streams and columns.
 
-Streams (`logp_BT`, `entropy_BT`, `values_BT`) carry the gradient; columns are constants. Positions outside the mask
-are 0 in every stream. `scope` says how far a loss looks: a `row` surrogate depends on streams of its own row only, so
-the step needs no forward beside the one with gradient; a `batch` surrogate sees several rows at once. `gives` is the
-shape of the loss: BT (per token), B (per row) or nothing (a scalar).
+Streams (`logp_BT`, `entropy_BT`, `values_BT`) carry the gradient; columns are constants. Positions outside
+the mask are 0 in every stream. `scope` says how far a loss looks: a `row` surrogate depends on streams of its
+own row only, so the step needs no forward beside the one with gradient; a `batch` surrogate sees several rows
+at once. `gives` is the shape of the loss: BT (per token), B (per row) or nothing (a scalar).
+
+A surrogate may `report(streams, b)` what it did, for metrics and golden numbers: {name: [B, T] or [B]}.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from policy_opt.bank import REFERENCE, ModelSpec
+from policy_opt.bank import CRITIC, REFERENCE, ModelSpec
 from policy_opt.batch import Batch
-from policy_opt.need import LOGP, LOGP_OLD, LOGP_REF, Need
+from policy_opt.need import ENTROPY, LOGP, LOGP_OLD, LOGP_REF, VALUES, VALUES_OLD, Need
 from policy_opt.part import Part
 
 Streams = Mapping[str, Tensor]
@@ -31,36 +33,53 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def straight_through(value: Tensor, path: Tensor) -> Tensor:
-    """A tensor with the value of `value` and the gradient of log(path) = `path`: sg[value] * exp(path - sg[path])."""
-    return value.detach() * (path - path.detach()).exp()
+def log_ratio(s: Streams, b: Batch) -> Tensor:
+    """log pi / pi_old of each token, 0 outside the mask: [B, T]."""
+    return (s["logp_BT"] - b["logp_old_BT"]) * b.mask_BT
 
 
-def sequence_log_ratio(s: Streams, b: Batch) -> Tensor:
-    """Mean over a row's masked tokens of log-ratios; 0 for a row without any: [B]."""
-    length_B = b.mask_BT.sum(1).clamp(min=1)
-    return ((s["logp_BT"] - b["logp_old_BT"]) * b.mask_BT).sum(1) / length_B
+def mean_log_ratio(s: Streams, b: Batch) -> Tensor:
+    """Mean over a row's masked tokens; 0 for a row without any: [B]."""
+    return log_ratio(s, b).sum(1) / b.mask_BT.sum(1).clamp(min=1)
+
+
+def clipped(rho: Tensor, adv: Tensor, low: float, high: float) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high))."""
+    return torch.maximum(-adv * rho, -adv * rho.clamp(1 - low, 1 + high))
+
+
+def outside(rho: Tensor, adv: Tensor, low: float, high: float) -> Tensor:
+    """Where the clip is strictly active: A > 0 above the upper bound, A < 0 below the lower one."""
+    return ((adv > 0) & (rho > 1 + high)) | ((adv < 0) & (rho < 1 - low))
+
+
+def check_widths(clip_low: float, clip_high: float) -> None:
+    """ValueError where a width of the trust region is negative."""
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(f"clip_low and clip_high are widths >= 0, not {clip_low}, {clip_high}")
 
 
 @dataclass(frozen=True)
 class Clip(Part):
-    """PPO's clipped surrogate: max(-A rho, -A clip(rho, 1 - low, 1 + high)), per token (arXiv 1707.06347, Eq. 7)."""
+    """PPO's clipped surrogate per token: max(-A rho, -A clip(rho, 1 - low, 1 + high)).
+
+    Schulman et al. 2017, arXiv 1707.06347, Eq. 7; dual clip: Ye et al. 2019, arXiv 1912.09729.
+    """
 
     stage: ClassVar[str] = "surrogate"
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
-    low: float = 0.2
+    clip_low: float = 0.2
     """Width of the trust region below 1."""
-    high: float = 0.2
-    """Width above 1; larger than low is DAPO's clip-higher."""
-    dual: float | None = None
-    """Dual clip c > 1 (arXiv 1912.09729): where A < 0 the loss is at most -c A. None: off."""
+    clip_high: float = 0.2
+    """Width above 1; larger than clip_low is DAPO's clip-higher."""
+    dual_clip: float | None = None
+    """c > 1: where A < 0 the loss is at most -c A. None: off."""
 
     def __post_init__(self) -> None:
-        if self.low < 0 or self.high < 0:
-            raise ValueError(f"low and high are widths >= 0, not {self.low}, {self.high}")
-        if self.dual is not None and self.dual <= 1:
-            raise ValueError(f"dual must be above 1 (or None), not {self.dual}")
+        check_widths(self.clip_low, self.clip_high)
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip must be above 1 (or None), not {self.dual_clip}")
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -71,28 +90,172 @@ class Clip(Part):
         return frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        rho_BT = ratio(s["logp_BT"] - b["logp_old_BT"])
-        adv_BT = b.per_token("adv")
-        loss_BT = torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(1 - self.low, 1 + self.high))
-        if self.dual is None:
+        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
+        loss_BT = clipped(rho_BT, adv_BT, self.clip_low, self.clip_high)
+        if self.dual_clip is None:
             return loss_BT
-        return torch.where(adv_BT < 0, torch.minimum(loss_BT, -self.dual * adv_BT), loss_BT)
+        return torch.where(adv_BT < 0, torch.minimum(loss_BT, -self.dual_clip * adv_BT), loss_BT)
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
-        """Where the clip is strictly active (before dual clip), where the dual clip is, and the ratio: [B, T]."""
-        rho_BT = ratio(s["logp_BT"] - b["logp_old_BT"])
-        adv_BT = b.per_token("adv")
-        clipped_BT = ((adv_BT > 0) & (rho_BT > 1 + self.high)) | ((adv_BT < 0) & (rho_BT < 1 - self.low))
-        found = {"clip_frac": clipped_BT, "ratio": rho_BT}
-        if self.dual is not None:
-            before_BT = torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(1 - self.low, 1 + self.high))
-            found["dual_clip_frac"] = (adv_BT < 0) & (before_BT > -self.dual * adv_BT)
+        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
+        found = {"ratio": rho_BT, "clip_frac": outside(rho_BT, adv_BT, self.clip_low, self.clip_high)}
+        if self.dual_clip is not None:
+            loss_BT = clipped(rho_BT, adv_BT, self.clip_low, self.clip_high)
+            found["dual_clip_frac"] = (adv_BT < 0) & (loss_BT > -self.dual_clip * adv_BT)
         return found
 
 
 @dataclass(frozen=True)
+class SequenceClip(Part):
+    """GSPO: one length-normalised ratio per row, s = exp(mean_t log rho), clipped; a clipped row has no gradient.
+
+    Zheng et al. 2025, arXiv 2507.18071.
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "B"
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    product: bool = False
+    """Product of the tokens' ratios (RLOO in TRL) instead of their geometric mean."""
+
+    def __post_init__(self) -> None:
+        check_widths(self.clip_low, self.clip_high)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return LOGP, LOGP_OLD
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv_B"})
+
+    def rho(self, s: Streams, b: Batch) -> Tensor:
+        """The row's ratio, 1 for a row without tokens: [B]."""
+        return ratio(log_ratio(s, b).sum(1) if self.product else mean_log_ratio(s, b))
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return clipped(self.rho(s, b), b["adv_B"], self.clip_low, self.clip_high)
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        rho_B = self.rho(s, b)
+        return {"ratio": rho_B, "clip_frac": outside(rho_B, b["adv_B"], self.clip_low, self.clip_high)}
+
+
+@dataclass(frozen=True)
+class SequenceTokenClip(Part):
+    """GSPO-token: the value of the row's ratio, the gradient of the token: sg[s_i] * pi / sg[pi].
+
+    With one advantage per row, value and gradient are GSPO's. arXiv 2507.18071, section on GSPO-token.
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+    def __post_init__(self) -> None:
+        check_widths(self.clip_low, self.clip_high)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return LOGP, LOGP_OLD
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv"})
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        value_B1 = mean_log_ratio(s, b).detach()[:, None]
+        rho_BT = ratio(value_B1) * (s["logp_BT"] - s["logp_BT"].detach()).exp()
+        return clipped(rho_BT, b.per_token("adv"), self.clip_low, self.clip_high)
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        rho_B = ratio(mean_log_ratio(s, b))
+        rho_BT = rho_B[:, None].expand(b.B, b.T)
+        return {
+            "ratio": rho_B,
+            "clip_frac": outside(rho_BT, b.per_token("adv"), self.clip_low, self.clip_high),
+        }
+
+
+@dataclass(frozen=True)
+class CappedWeight(Part):
+    """CISPO: REINFORCE with a detached, clipped importance weight: -sg[clip(rho, 1 - low, 1 + high)] A logp.
+
+    No token is ever cut off. MiniMax 2025, arXiv 2506.13585. Bounds as in verl; TRL's epsilon_high is 1 +
+    clip_high.
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+    clip_low: float = 1.0
+    """1 or more: no lower bound."""
+    clip_high: float = 0.28
+
+    def __post_init__(self) -> None:
+        check_widths(self.clip_low, self.clip_high)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return LOGP, LOGP_OLD
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv"})
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        weight_BT = ratio(log_ratio(s, b).detach()).clamp(1 - self.clip_low, 1 + self.clip_high)
+        return -weight_BT * b.per_token("adv") * s["logp_BT"]
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        rho_BT = ratio(log_ratio(s, b))
+        weight_BT = rho_BT.clamp(1 - self.clip_low, 1 + self.clip_high)
+        return {"ratio": rho_BT, "is_weight": weight_BT, "clip_frac": weight_BT != rho_BT}
+
+
+@dataclass(frozen=True)
+class Reinforce(Part):
+    """-A logp, per token."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (LOGP,)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv"})
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return -b.per_token("adv") * s["logp_BT"]
+
+
+@dataclass(frozen=True)
+class Imitate(Part):
+    """-logp per token: imitation of whatever the mask selects, for demonstrations and distilled repairs."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (LOGP,)
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return -s["logp_BT"]
+
+
+@dataclass(frozen=True)
 class K3(Part):
-    """KL to the reference by the k3 estimator, differentiated: exp(x) - x - 1, x = logp_ref - logp; >= 0, per token."""
+    """KL to the reference by the k3 estimator, differentiated: exp(x) - x - 1 >= 0, x = logp_ref - logp."""
 
     stage: ClassVar[str] = "surrogate"
     scope: ClassVar[str] = "row"
@@ -109,3 +272,47 @@ class K3(Part):
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         x_BT = (b["logp_ref_BT"] - s["logp_BT"]).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         return x_BT.exp() - x_BT - 1
+
+
+@dataclass(frozen=True)
+class NegativeEntropy(Part):
+    """-H per token: a positive coefficient keeps the policy spread out."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (ENTROPY,)
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return -s["entropy_BT"]
+
+
+@dataclass(frozen=True)
+class ClippedValue(Part):
+    """PPO's value loss: 1/2 max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2), per token."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+    value_clip: float = 0.2
+    """eps_v, in units of the return."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return VALUES, VALUES_OLD
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"returns_BT"})
+
+    @property
+    def models(self) -> Mapping[str, ModelSpec]:
+        return {"critic": CRITIC}
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        value_BT, old_BT, goal_BT = s["values_BT"], b["values_old_BT"], b["returns_BT"]
+        near_BT = value_BT.clamp(old_BT - self.value_clip, old_BT + self.value_clip)
+        return 0.5 * torch.maximum((value_BT - goal_BT).square(), (near_BT - goal_BT).square())

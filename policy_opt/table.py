@@ -1,10 +1,9 @@
 """A softmax table as policy, model and world: the actor and learner protocols in their smallest form.
 
-Tasks are rows of a table; an episode is `turns` turns of `actions` sampled tokens, with one observed token (mask 0)
-between turns. The last turn is the answer, right where every token of it is the task's own; token 0 in an earlier turn
-is a tool call, which helps nobody. A recipe that learns anything learns this within a second, and the tests drive the
-same loop with it that trains language models.
-"""
+Tasks are rows of a table; an episode is `turns` turns of `actions` sampled tokens, with one observed token
+(mask 0) between turns. The last turn is the answer, right where every token of it is the task's own; token 0
+in an earlier turn is a tool call, which helps nobody. A recipe that learns anything learns this within a
+second, and the tests drive the same loop with it that trains language models."""
 
 from __future__ import annotations
 
@@ -92,12 +91,16 @@ class TableLearner:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.forwards = 0
 
-    def prepare(self, models: Mapping[str, ModelSpec], needs: Sequence[Need], optimizer: Optim | None) -> None:
+    def prepare(
+        self, models: Mapping[str, ModelSpec], needs: Sequence[Need], optimizer: Optim | None
+    ) -> None:
         """Build tables for the bank; a probe view has no meaning here and is refused."""
         for need in needs:
             if isinstance(need.view, Probe):
                 raise RecipeError(f"need `{need.name}`: a softmax table has no text to append a probe to")
-        self.optimizers.setdefault("policy", (optimizer or self.optim).build([self.tables["policy"]], self.lr))
+        self.optimizers.setdefault(
+            "policy", (optimizer or self.optim).build([self.tables["policy"]], self.lr)
+        )
         for name, spec in models.items():
             if name in self.tables:
                 continue
@@ -120,7 +123,9 @@ class TableLearner:
             some = b.rows(rows_R)
             live = {need.name: self.quantity(need, some) for need in needs}
             cotangents = pull(rows_R, {name: value.detach() for name, value in live.items()})
-            total = sum(((live[name] * c).sum() for name, c in cotangents.items()), torch.zeros((), dtype=self.dtype))
+            total = sum(
+                ((live[name] * c).sum() for name, c in cotangents.items()), torch.zeros((), dtype=self.dtype)
+            )
             if isinstance(total, Tensor) and total.requires_grad:
                 total.backward()
             for name, value in live.items():
@@ -146,7 +151,7 @@ class TableLearner:
         with torch.no_grad():
             self.tables[name].lerp_(self.tables["policy"], 1 - decay)
 
-    # -- forwards -------------------------------------------------------------------------------------------------
+    # -- forwards --------------------------------------------------------------------------------------------
 
     def quantity(self, need: Need, b: Batch) -> Tensor:
         """A need for the rows of b, 0 outside the mask."""

@@ -2,9 +2,9 @@
 
     loss = sum over terms of  coef * sum(c * w * surrogate(streams, columns))
 
-with c from the aggregation (masks only) and w from credit parts (w_B, w_BT). `cotangents` is the gradient of that with
-respect to the streams: what the golden vectors call d loss / d logp, and what training pushes through the model.
-"""
+with c from the aggregation (masks only) and w from credit parts (w_B, w_BT). `cotangents` is the gradient of
+that with respect to the streams: what the golden vectors call d loss / d logp, and what training pushes
+through the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from policy_opt.surrogates import Streams
 
 
 class Surrogate(Protocol):
-    """A part with stage "surrogate"; may have `report(streams, b)` -> {name: [B, T] or [B]} for metrics."""
+    """A part with stage "surrogate"; see `policy_opt.surrogates`."""
 
     scope: str
     gives: str
@@ -45,6 +45,9 @@ class Controller(Protocol):
     def value(self, ctx: Ctx) -> float: ...
 
 
+_SEQUENCE_MEAN = SequenceMean()
+
+
 @dataclass(frozen=True)
 class Term:
     """One summand of the loss."""
@@ -55,7 +58,7 @@ class Term:
     """Tokens in the numerator: the mask column `<num>_BT`."""
     den: str = "mask"
     """Tokens in the denominator: the mask column `<den>_BT`."""
-    agg: Any = SequenceMean()
+    agg: Any = _SEQUENCE_MEAN
     """How token losses become one number."""
     coef: Any = 1.0
     """A number, or a controller. A term with the plain number 0 is off: it needs and computes nothing."""
@@ -82,7 +85,7 @@ class Term:
 
     def factor(self, ctx: Ctx) -> float:
         """The coefficient now."""
-        return self.coef.value(ctx) if isinstance(self.coef, Part) else float(self.coef)
+        return float(self.coef) if isinstance(self.coef, int | float) else self.coef.value(ctx)
 
     def coefficients(self, b: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(c_BT, c_B): weight of each token's loss, and of each row's where the surrogate is per row."""
@@ -96,18 +99,15 @@ class Term:
         return c_BT, c_B
 
     def value(self, s: Streams, b: Batch, c: tuple[Tensor, Tensor]) -> Tensor:
-        """sum(c * surrogate), without coef; BatchError where the surrogate's shape fits neither tokens nor rows."""
+        """sum(c * surrogate), without coef; BatchError where the surrogate's shape is not what it gives."""
         loss = self.loss(s, b)
-        if loss.ndim == 0:
-            return loss
-        if loss.shape == (b.B, b.T):
-            return (c[0] * loss).sum()
-        if loss.shape == (b.B,):
-            return (c[1] * loss).sum()
-        raise BatchError(
-            f"surrogate {type(self.loss).__name__} of term `{self.name}` returned shape {tuple(loss.shape)}, "
-            f"expected [B={b.B}, T={b.T}], [B={b.B}] or a scalar"
-        )
+        shapes = {"BT": (b.B, b.T), "B": (b.B,), "": ()}
+        if tuple(loss.shape) != shapes[self.loss.gives]:
+            raise BatchError(
+                f"surrogate {type(self.loss).__name__} of term `{self.name}` returned shape {tuple(loss.shape)}, "
+                f"expected {shapes[self.loss.gives]}"
+            )
+        return loss if self.loss.gives == "" else (c[0 if self.loss.gives == "BT" else 1] * loss).sum()
 
 
 Coefs = list[tuple[Tensor, Tensor]]
@@ -134,27 +134,33 @@ class Loss:
         return all(t.loss.scope == "row" for t in self.terms)
 
     def values(self, s: Streams, b: Batch, rows_R: Tensor | None = None) -> list[Tensor]:
-        """Each term's value without coef, over all rows or the part that rows_R make of it (b: those rows)."""
+        """Each term's value without coef: over all rows, or the share of rows_R in it (b: those rows)."""
         coefs = self.coefs if rows_R is None else [(c_BT[rows_R], c_B[rows_R]) for c_BT, c_B in self.coefs]
         clean = {name: masked(value, b) for name, value in s.items()}
         return [t.value(clean, b, c) for t, c in zip(self.terms, coefs, strict=True)]
 
-    def cotangents(self, s: Streams, b: Batch, rows_R: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def cotangents(
+        self, s: Streams, b: Batch, rows_R: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, {stream: d loss / d stream}); a stream that the loss does not depend on is left out."""
         leaves = {name: value.detach().requires_grad_() for name, value in s.items()}
         with torch.enable_grad():
             values = self.values(leaves, b, rows_R)
-            total = sum((f * v for f, v in zip(self.factors, values, strict=True)), torch.zeros(()))
-        if not (isinstance(total, Tensor) and total.requires_grad):
-            return torch.as_tensor(total), {}
+            total = torch.stack([f * v for f, v in zip(self.factors, values, strict=True)]).sum()
+        if not total.requires_grad:
+            return total, {}
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return total.detach(), {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
 
 
 def masked(value: Tensor, b: Batch) -> Tensor:
     """A stream with 0 outside the mask, whatever stood there (NaN included)."""
-    mask = b.mask_BT if value.ndim == 2 else b.mask_BT.reshape(*b.mask_BT.shape, *[1] * (value.ndim - 2))
-    return torch.where(mask, value, value.new_zeros(()))
+    return torch.where(spread(b.mask_BT, value), value, value.new_zeros(()))
+
+
+def spread(mask_BT: Tensor, value: Tensor) -> Tensor:
+    """The mask with as many axes as a [B, T, ...] value."""
+    return mask_BT.reshape(*mask_BT.shape, *[1] * (value.ndim - 2))
 
 
 def reports(terms: Sequence[Term], s: Streams, b: Batch) -> dict[str, Tensor]:

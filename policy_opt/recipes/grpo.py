@@ -4,8 +4,8 @@ The baseline of a trajectory is the mean reward of its group; there is no critic
 
     A_i     = (R_i - mean_g R) / (std_g R + delta)                                      on every token of i
     l_{i,t} = max(-A_i rho_{i,t}, -A_i clip(rho_{i,t}, 1 - eps, 1 + eps)),   rho = exp(logp - logp_old)
-    k_{i,t} = exp(x) - x - 1,   x = logp_ref - logp                                     (in the loss, differentiated)
-    L       = mean_i (1/L_i) sum_t m_{i,t} [ l_{i,t} + beta k_{i,t} ]
+    k_{i,t} = exp(x) - x - 1,   x = logp_ref - logp                                     (in the loss,
+    differentiated) L       = mean_i (1/L_i) sum_t m_{i,t} [ l_{i,t} + beta k_{i,t} ]
 """
 
 from policy_opt.advantages import GroupNorm
@@ -21,7 +21,7 @@ recipe = Recipe(
     evidence="read in code: verl core_algos.py, TRL grpo_trainer.py",
     advantage=(GroupNorm(eps=1e-6, ddof=1),),
     terms=(
-        Term(Clip(low=0.2, high=0.2)),
+        Term(Clip(clip_low=0.2, clip_high=0.2)),
         Term(K3(), coef=0.0, name="kl", weights=()),
     ),
     deviations="beta 0 by default, as in most agentic recipes (paper: 0.04); no dual clip (verl: 3)",

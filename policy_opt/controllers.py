@@ -1,0 +1,57 @@
+"""Coefficients that change during a run: a schedule, or feedback from what the last steps did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from policy_opt.batch import Batch
+from policy_opt.part import Ctx, Part
+
+
+@dataclass(frozen=True)
+class Annealed(Part):
+    """From `start` to `end`, linearly over the first `iterations` iterations, then `end`."""
+
+    stage: ClassVar[str] = "coef"
+    start: float
+    end: float
+    iterations: int
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {self.iterations}")
+
+    def value(self, ctx: Ctx) -> float:
+        """The coefficient in this iteration."""
+        return self.start + (self.end - self.start) * min(ctx.step / self.iterations, 1.0)
+
+
+@dataclass(frozen=True)
+class Dual(Part):
+    """A multiplier >= 0 that grows while a metric is above its target: lambda <- clip(lambda + rate (metric - target)).
+
+    With of="kl_ref" it is an adaptive KL coefficient, with a constraint's value a Lagrange multiplier.
+    """
+
+    stage: ClassVar[str] = "coef"
+    target: float
+    """Where the metric should be."""
+    of: str = "kl_ref"
+    """A metric of the optimizer step: kl, kl_ref, entropy, loss_<term>."""
+    start: float = 0.1
+    rate: float = 0.1
+    """Step of the dual ascent."""
+    limit: float = 10.0
+    """Largest value."""
+
+    def value(self, ctx: Ctx) -> float:
+        """The multiplier now."""
+        return float(ctx.state(self).get("lambda", self.start))
+
+    def after_step(self, b: Batch, ctx: Ctx) -> None:
+        """Move the multiplier; a step that did not measure the metric leaves it."""
+        if self.of in ctx.step_metrics:
+            moved = self.value(ctx) + self.rate * (ctx.step_metrics[self.of] - self.target)
+            ctx.state(self)["lambda"] = min(max(moved, 0.0), self.limit)
+            ctx.log("dual", ctx.state(self)["lambda"])

@@ -1,0 +1,108 @@
+"""Credit: weights and masks per token or row, from columns alone.
+
+Weights multiply a term's token losses (numerator only): w_BT per token, w_B per row; several parts multiply.
+A part that takes tokens out of numerator and denominator replaces mask_BT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from policy_opt.batch import Batch
+from policy_opt.need import LOGP_OLD, Need
+from policy_opt.part import Ctx, Part
+from policy_opt.surrogates import ratio
+
+Level = Literal["token", "sequence"]
+
+
+def mismatch(b: Batch, level: Level) -> Tensor:
+    """pi_old / sampler on the sampled tokens: per token [B, T], or their product per row [B]."""
+    gap_BT = torch.where(b.mask_BT, b["logp_old_BT"] - b.logp_sampler_BT, 0)
+    return ratio(gap_BT) if level == "token" else ratio(gap_BT.sum(1))
+
+
+def weigh(b: Batch, weight: Tensor) -> Batch:
+    """The batch with w multiplied by a [B, T] or [B] weight."""
+    name = "w_BT" if weight.ndim == 2 else "w_B"
+    return b.over(**{name: b[name] * weight if name in b else weight})
+
+
+@dataclass(frozen=True)
+class TruncatedImportance(Part):
+    """w = min(pi_old / sampler, cap): corrects for a sampler whose log-probs are not the trainer's ("TIS")."""
+
+    stage: ClassVar[str] = "credit"
+    cap: float = 2.0
+    """Upper bound of the weight."""
+    level: Level = "token"
+
+    def __post_init__(self) -> None:
+        if self.cap <= 0:
+            raise ValueError(f"cap must be positive, not {self.cap}")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (LOGP_OLD,)
+
+    @property
+    def overwrites(self) -> frozenset[str]:
+        return frozenset({"w_BT" if self.level == "token" else "w_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        weight = mismatch(b, self.level)
+        ctx.log("importance_capped", float((weight > self.cap).double().mean()))
+        return weigh(b, weight.clamp(max=self.cap))
+
+
+@dataclass(frozen=True)
+class MaskedImportance(Part):
+    """w = pi_old / sampler where it lies in [low, high], else 0: drops what the sampler misjudged ("MIS").
+
+    Dropped tokens stay in the denominators.
+    """
+
+    stage: ClassVar[str] = "credit"
+    low: float = 0.5
+    high: float = 2.0
+    level: Level = "token"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"0 <= low <= high, not {self.low}, {self.high}")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (LOGP_OLD,)
+
+    @property
+    def overwrites(self) -> frozenset[str]:
+        return frozenset({"w_BT" if self.level == "token" else "w_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        weight = mismatch(b, self.level)
+        keep = (weight >= self.low) & (weight <= self.high)
+        ctx.log("importance_dropped", float((~keep).double().mean()))
+        return weigh(b, torch.where(keep, weight, 0))
+
+
+@dataclass(frozen=True)
+class MaskTruncated(Part):
+    """Rows that were cut off leave the loss altogether ("overlong filtering", arXiv 2503.14476)."""
+
+    stage: ClassVar[str] = "credit"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"truncated_B"})
+
+    @property
+    def overwrites(self) -> frozenset[str]:
+        return frozenset({"mask_BT"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        return b.silence(b["truncated_B"] == 0)
