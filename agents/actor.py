@@ -78,8 +78,10 @@ class LMActor:
 
     columns: tuple[str, ...] | None = None
 
-    def __init__(self, player: Player):
-        self.player = player
+    def __init__(self, player: Player, dtype: torch.dtype = torch.float32):
+        self.player, self.dtype = player, dtype
+        self.scores: list[str] | None = None
+        self.facts: list[str] | None = None
         self.played: list[Trajectory] = []
         self.on_progress: OnProgress | None = None
 
@@ -91,7 +93,19 @@ class LMActor:
         """One row per episode (or segment of it), in the order of the jobs."""
         trajectories = self.player(jobs, on_progress=self.on_progress)
         self.played += trajectories
-        return batch_of(trajectories)
+        b = batch_of(trajectories, scores=self.scores, facts=self.facts, dtype=self.dtype)
+        if self.facts is None:  # later batches get the same columns, so that rounds can be joined
+            self.scores = list(b.names.get("scores_BK", ()))
+            self.facts = sorted(fact_names(trajectories) & {c.removesuffix("_B") for c in b.cols})
+        return b
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which scores and facts are columns."""
+        return {"scores": self.scores, "facts": self.facts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.scores, self.facts = state["scores"], state["facts"]
 
     def judge(self, asks: Sequence[Ask]) -> Sequence[str | JudgeFailure]:
         """There is no judge behind this actor: every ask fails, typed."""
@@ -116,6 +130,11 @@ def refuse_truncated(top_k: int, top_p: float, temperature: float) -> None:
         )
     if temperature <= 0:
         raise RecipeError(f"training needs a temperature above 0, got {temperature}")
+
+
+def fact_names(trajectories: Sequence[Trajectory]) -> set[str]:
+    """Names of all facts of these episodes' verdicts."""
+    return {name for t in trajectories if t.verdict is not None for name in t.verdict.facts}
 
 
 def facts_mean(trajectories: Sequence[Trajectory], name: str) -> float | None:

@@ -6,26 +6,41 @@ identity, so nothing else in the code asks how many there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
 import torch.distributed as td
-from accelerate import Accelerator
 from torch import Tensor
 
 T = TypeVar("T")
 
 
 class World:
-    """The processes of a run. `rank` 0 writes files and talks to the user."""
+    """The processes of a run. `rank` 0 writes files and talks to the user.
 
-    def __init__(self, accelerator: Accelerator | None = None):
+    Without an accelerator: this process alone, on the CPU.
+    """
+
+    def __init__(self, accelerator=None):
         self.accelerator = accelerator
         self.size = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
         self.device = accelerator.device if accelerator else torch.device("cpu")
+
+    @classmethod
+    def start(cls, bfloat16: bool = False) -> World:
+        """Join the processes that a launcher started (RANK and WORLD_SIZE are set), on a GPU where there is one."""
+        if "RANK" not in os.environ and not torch.cuda.is_available() and not bfloat16:
+            return cls()
+        from accelerate import Accelerator
+
+        return cls(Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bfloat16 else "no"))
 
     @property
     def main(self) -> bool:
@@ -33,7 +48,7 @@ class World:
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
-        """Mixed precision where the accelerator was given it; sampler and trainer both run under it."""
+        """Mixed precision where the run asked for it; sampler and trainer both work under it."""
         return self.accelerator.autocast() if self.accelerator else nullcontext()
 
     def share(self, items: Sequence[T]) -> list[T]:
@@ -41,20 +56,21 @@ class World:
         return list(items[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Sum tensors over processes in place, in one flat message per dtype."""
+        """Sum tensors over processes in place, in one flat message per type and device."""
         if self.size == 1:
             return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        groups: dict[tuple, list[Tensor]] = {}
         for tensor in tensors:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-        for group in by_dtype.values():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for group in groups.values():
             flat = torch.cat([t.reshape(-1) for t in group])
-            td.all_reduce(flat)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            moved = flat.to(self.device)  # the backend may know only the device's memory
+            td.all_reduce(moved)
+            for tensor, part in zip(group, moved.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def gather(self, value: T) -> list[T]:
-        """Every process' value, by rank. Values travel pickled between processes of one run only."""
+        """Every process' value, by rank. Values travel pickled, between processes of one run only."""
         if self.size == 1:
             return [value]
         out: list = [None] * self.size
@@ -63,17 +79,51 @@ class World:
 
     def from_main(self, value: T) -> T:
         """The main process' value, everywhere."""
-        if self.size == 1:
-            return value
-        box = [value]
-        td.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says yes."""
-        return any(self.gather(flag))
+    def close(self) -> None:
+        """Leave the group of processes."""
+        if self.size > 1 and td.is_initialized():
+            td.destroy_process_group()
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        if self.size > 1:
-            td.barrier()
+
+@contextmanager
+def launched(module: str, argv: Sequence[str], processes: int) -> Iterator[None]:
+    """Run `python -m module argv` in `processes - 1` further processes while this one does the same as rank 0.
+
+    Does nothing inside a process that a launcher started. The others end with this one: a lost connection ends them.
+    """
+    if processes <= 1 or "RANK" in os.environ:
+        yield
+        return
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *argv],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # a Ctrl-C is for rank 0, which tells the others
+        )
+        for rank in range(1, processes)
+    ]
+    os.environ |= {**shared, "RANK": "0", "LOCAL_RANK": "0"}
+    try:
+        yield
+    finally:
+        for name in (*shared, "RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        for other in others:
+            _end(other)
+
+
+def _end(process: subprocess.Popen) -> None:
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -94,7 +94,7 @@ def build(config: TrainConfig, world: World) -> Session:
         model, config.optim, convention=convention, world=world, micro_tokens=config.micro_tokens
     )
     player.version = lambda: learner.version
-    actor = LMActor(player)
+    actor = LMActor(player, dtype)
     size = RunSize(config.train_tasks, config.groups, config.group_size, config.seed)
     loop = Loop(recipe, actor, learner, size)
     notes = tuple(str(w.message) for w in caught)

@@ -2,42 +2,140 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from agents import checkpoint, cli
-from agents.chat import ChatFormatError
+from agents.cli import UsageError
 from agents.config import TrainConfig
-from agents.dist import World
-from agents.display import Plain
-from agents.runfolder import RunFolder
-from agents.session import build
+from agents.dist import World, launched
+from agents.display import Display, choose, results_table
+from agents.runfolder import RunFolder, read_json
+from agents.session import Session, build
 from agents.trainer import Interrupted, Trainer, save_config
-from policy_opt.errors import RecipeError
+
+MODULE = "agents.train"
+MAY_CHANGE = frozenset({"steps", "eval", "save", "resume", "from_step", "dry_run", "json", "plain"})
+"""What a resumed run takes from the command line; anything else would make it another run."""
+
+
+def resolve(argv: Sequence[str]) -> TrainConfig:
+    """The configuration of a command line; with --resume, that of the run, and a refusal to change it."""
+    run = _value_of("--resume", argv)
+    if run is None:
+        config = cli.parse(TrainConfig, argv, f"python -m {MODULE}")
+        if config.from_step is not None:
+            raise UsageError("--from-step names a checkpoint of a run to go on with: give --resume RUN as well")
+        return config
+    saved = cli.from_mapping(read_json(Path(run) / "config.json"), TrainConfig, where=f"{run}/config.json")
+    config = cli.parse(TrainConfig, argv, f"python -m {MODULE}", default=saved)
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(saved, field.name), getattr(config, field.name)
+        if old != new and field.name not in MAY_CHANGE:
+            raise UsageError(
+                f"a resumed run keeps its configuration: `{field.name}` was {old!r} and cannot become {new!r}. "
+                f"Start a new run, or leave the option out"
+            )
+    return config
+
+
+def _value_of(option: str, argv: Sequence[str]) -> str | None:
+    for i, item in enumerate(argv):
+        if item == option and i + 1 < len(argv):
+            return argv[i + 1]
+        if item.startswith(f"{option}="):
+            return item.partition("=")[2]
+    return None
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
-    config = cli.parse(TrainConfig, argv, "python -m agents.train")
-    world = World()
-    display = Plain(config.steps)
-    session = build(config, world)
-    for note in session.notes:
-        display.note(note)
-    folder = RunFolder.create(Path(config.run) if config.run else None, Path(config.runs),
-                              f"{session.make_env().unwrapped.__class__.__name__}-{session.recipe.slug}-s{config.seed}")
-    save_config(folder, config)
-    trainer = Trainer(session, folder, display)
-    try:
-        summary = trainer.run()
-    except Interrupted as stop:
-        print(f"python -m agents.train --resume {folder.path}", file=sys.stderr)
-        return 128 + stop.number
-    print(json.dumps(summary))
+    config = resolve(argv)
+    with launched(MODULE, argv, config.processes):
+        world = World.start(config.dtype == "bfloat16")
+        try:
+            return _run(config, world)
+        finally:
+            world.close()
+
+
+def _run(config: TrainConfig, world: World) -> int:
+    with choose(config.steps, plain=config.plain, silent=not world.main) as display:
+        display.phase("setup", f"{config.model} on {config.env} with {config.algo}")
+        session = build(config, world)
+        for note in session.notes:
+            display.note(note)
+        if config.dry_run:
+            from agents.estimate import estimate
+
+            display.note(estimate(session))
+            return 0
+        folder = open_folder(config, session) if world.main else None
+        trainer = Trainer(session, folder, display)
+        try:
+            if config.resume:
+                path = world.from_main(_checkpoint_of(config, display) if world.main else None)
+                trainer.restore(path)
+            summary = trainer.run()
+        except Interrupted as stop:
+            return _interrupted(stop, folder, display)
+    if world.main:
+        _report(summary, trainer, config)
     return 0
 
 
+def open_folder(config: TrainConfig, session: Session) -> RunFolder:
+    """The run's folder, its configuration written."""
+    if config.resume:
+        folder = RunFolder.open(Path(config.resume))
+    else:
+        name = f"{config.env.split('/')[-1].split(':')[-1]}-{session.recipe.slug}-s{config.seed}"
+        folder = RunFolder.create(Path(config.run) if config.run else None, Path(config.runs), name)
+    save_config(folder, config)
+    return folder
+
+
+def _checkpoint_of(config: TrainConfig, display: Display) -> Path | None:
+    """The checkpoint to go on from; None where the run was stopped before its first one."""
+    assert config.resume is not None
+    folder = Path(config.resume) / "checkpoints"
+    if config.from_step is not None:
+        path = folder / f"step-{config.from_step:08d}"
+        if not path.is_dir():
+            known = ", ".join(map(str, checkpoint.steps(folder))) or "none"
+            raise UsageError(f"{config.resume} has no checkpoint of step {config.from_step}; there are: {known}")
+        return path
+    if not checkpoint.steps(folder):
+        display.note("the run was stopped before its first checkpoint: starting from the beginning")
+        return None
+    return checkpoint.latest(folder)
+
+
+def _interrupted(stop: Interrupted, folder: RunFolder | None, display: Display) -> int:
+    if folder is not None:
+        display.note(f"stopped by {stop}; go on with:\n  python -m {MODULE} --resume {folder.path}")
+    return 128 + stop.number
+
+
+def _report(summary: dict[str, Any], trainer: Trainer, config: TrainConfig) -> None:
+    """The final table, and with --json one last line."""
+    results_table(summary, trainer.evals)
+    if config.json:
+        keys = ("success_before", "success_after", "success_harder", "run", "report", "seconds")
+        print(json.dumps({k: summary[k] for k in keys if k in summary}), flush=True)
+
+
+def user_errors() -> tuple[type[BaseException], ...]:
+    """What the user got wrong: one line and exit code 2."""
+    from agents.chat import ChatFormatError
+    from envs import UnknownEnv
+    from policy_opt.errors import RecipeError
+
+    return (RecipeError, ChatFormatError, UnknownEnv, checkpoint.CheckpointError)
+
+
 if __name__ == "__main__":
-    cli.run(main, (RecipeError, ChatFormatError, checkpoint.CheckpointError))
+    cli.run(main, user_errors())

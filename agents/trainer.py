@@ -42,6 +42,7 @@ class Trainer:
         self.config = session.config
         self.history: list[dict[str, Any]] = folder.records("metrics.jsonl") if folder else []
         self.evals: list[dict[str, Any]] = folder.records("eval.jsonl") if folder else []
+        self.started_fresh = True
         self.signal: int | None = None
         self.started = time.monotonic()
 
@@ -50,8 +51,7 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Everything that is still to do; returns the summary. Raises Interrupted after a signal."""
         with self._listening():
-            fresh = self.session.loop.step == 0 and not self.evals
-            if fresh:
+            if self.started_fresh:
                 self.warm_start()
                 self.evaluate("before")
                 self.save()
@@ -94,8 +94,7 @@ class Trainer:
         s = self.session
         s.actor.begin()
         began = time.monotonic()
-        clock = _RolloutClock(lambda p: self.display.progress("rollout", p.done, p.total, ""))
-        s.actor.on_progress = clock
+        s.actor.on_progress = lambda p: self.display.progress("rollout", p.done, p.total, "")
         batch, metrics = s.loop.iterate()
         record = self._record(batch, metrics, time.monotonic() - began)
         if self.folder:
@@ -166,7 +165,10 @@ class Trainer:
             return
         s = self.session
         try:
-            state = {"loop": s.loop.state_dict(), "learner": s.learner.state_dict(), "files": self.folder.mark()}
+            state = {
+                "loop": s.loop.state_dict(), "actor": s.actor.state_dict(), "learner": s.learner.state_dict(),
+                "files": self.folder.mark(),
+            }  # fmt: skip
             checkpoint.save(self.folder.path / "checkpoints", s.loop.step, state, self.config.save.keep)
         except OSError as error:
             self.display.note(f"no checkpoint at step {s.loop.step}: {error}. Older ones are untouched.")
@@ -176,12 +178,16 @@ class Trainer:
         if every and (step == 1 or step % every == 0 or step == self.config.steps):
             pass
 
-    def restore(self, path: Path) -> None:
-        """Go on exactly where a checkpoint stands."""
-        assert self.folder is not None
-        restore(self.session, checkpoint.load(path), self.folder)
-        self.history = self.folder.records("metrics.jsonl")
-        self.evals = self.folder.records("eval.jsonl")
+    def restore(self, path: Path | None) -> None:
+        """Go on exactly where a checkpoint stands; without one, from the beginning."""
+        saved = checkpoint.load(path) if path is not None else None
+        if saved is not None:
+            restore(self.session, saved)
+        if self.folder is not None:
+            self.folder.rewind(saved.state["files"] if saved is not None else {})
+            self.history = self.folder.records("metrics.jsonl")
+            self.evals = self.folder.records("eval.jsonl")
+        self.started_fresh = saved is None
 
     def finish(self) -> dict[str, Any]:
         """Export, report, summary."""
@@ -240,27 +246,18 @@ class Trainer:
         raise Interrupted(number)
 
 
-class _RolloutClock:
-    """Passes progress on."""
-
-    def __init__(self, tell: Callable[[Progress], None]):
-        self.tell = tell
-
-    def __call__(self, progress: Progress) -> None:
-        self.tell(progress)
-
-
-def restore(session: Session, saved: checkpoint.Checkpoint, folder: RunFolder) -> None:
-    """Loop, bank, weights and optimizers as of a checkpoint; growing files are cut back to it."""
-    loop, learner = session.loop, session.learner
+def restore(session: Session, saved: checkpoint.Checkpoint) -> None:
+    """Loop, actor, bank, weights and optimizers as of a checkpoint."""
+    loop, learner, state = session.loop, session.learner, saved.state
     try:
-        state = saved.state
         loop.load_state_dict(state["loop"])
-        loop.enter()
-        models = {k: v for r in (session.recipe, *(p.recipe for p in session.recipe.phases)) for k, v in r.models.items()}
-        learner.prepare({k: v for k, v in models.items() if k in state["learner"]["members"]}, (), session.recipe.optimizer)
+        session.actor.load_state_dict(state["actor"])
+        recipe, _ = loop.enter()
+        every = (session.recipe, *(phase.recipe for phase in session.recipe.phases))
+        known = {name: spec for r in every for name, spec in r.models.items()}
+        built = {name: spec for name, spec in known.items() if name in state["learner"]["members"]}
+        learner.prepare(built, (), recipe.optimizer)
         learner.load_state_dict(state["learner"])
-        folder.rewind(state["files"])
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{saved.path} is not a training checkpoint: {error!r}") from error
 

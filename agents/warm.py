@@ -109,7 +109,6 @@ def warm_start(
     imitate(learner, ledgers, epochs=config.epochs, batch=config.batch, seed=seed, progress=on_step)
     if config.cache and world.main:
         _keep(model, file)
-    world.barrier()
     return "trained"
 
 
