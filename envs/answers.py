@@ -25,7 +25,8 @@ def extract(text: str) -> str | None:
 
 
 def same(answer: str, truth: str) -> bool:
-    """Whether an answer says the truth: numbers by value, words by their letters (ASCII case and spacing aside)."""
+    """Whether an answer says the truth: numbers by value, words by their letters (ASCII case and spacing
+    aside)."""
     if len(answer) > MAX_ANSWER_CHARS:
         return False
     expected = number(truth)

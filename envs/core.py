@@ -18,7 +18,8 @@ from tools import CallFormat, ParsedTurn, Toolbox, ToolResult, get_format
 from tools.toolbox import encodable
 
 Message = dict[str, Any]
-"""``{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}``; tool messages carry a ``name``."""
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}``; tool messages carry a
+``name``."""
 Script = Callable[["ChatEnv", np.random.Generator], Generator[str, Mapping[str, Any], None]]
 """A coroutine that plays an environment: it yields action texts and is sent observations."""
 
@@ -105,7 +106,8 @@ class Episode:
 
 
 class ChatEnv(gymnasium.Env[dict[str, Any], str]):
-    """Base of all environments. A family defines `task`, `opening`, `judge`, often `toolbox`, sometimes `reply`.
+    """Base of all environments. A family defines `task`, `opening`, `judge`, often `toolbox`, sometimes
+    `reply`.
 
     Args:
         split: where tasks come from.
@@ -117,7 +119,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         call_format: name of a call format, or one.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012  (Gymnasium's own form)
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012
     name: ClassVar[str] = ""
     """Short name, the first part of task ids."""
     splits: ClassVar[tuple[str, ...]] = ("train", "eval")
@@ -148,7 +150,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     ) -> None:
         self.split = one_of(split, self.splits, "split")
         self.profile = one_of(profile, self.profiles, "profile")
-        self.level = self._known_level(level)
+        self.level = self.known_level(level)
         if render_mode is not None:
             one_of(render_mode, self.metadata["render_modes"], "render_mode")
         if max_turns < 1 or max_chars < 1:
@@ -168,7 +170,8 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         raise NotImplementedError
 
     def opening(self, task: Task) -> Sequence[Message]:
-        """The messages that an episode starts with. State of the episode that is the family's own is set up here."""
+        """The messages that an episode starts with. State of the episode that is the family's own is set up
+        here."""
         raise NotImplementedError
 
     def judge(self, task: Task, final: str | None) -> Verdict:
@@ -198,13 +201,14 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; options `index`, `split`, `level` choose the task, else `index` derives from the seed."""
+        """Start an episode; options `index`, `split`, `level` choose the task, else `index` derives from the
+        seed."""
         super().reset(seed=seed)
         split, index, level = self._choose(options or {})
         task = self.task(split, index, level)
         toolbox = self.toolbox(task)
         schemas = toolbox.schemas()
-        if schemas != self._schemas:   # the same object every time: those who format tools may go by identity
+        if schemas != self._schemas:  # the same object every time: those who format tools may go by identity
             self._schemas = schemas
         self._episode = Episode(task, toolbox, [])
         messages = tuple(self.opening(task))
@@ -216,12 +220,16 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         """Take one turn of the agent: its raw text. Returns the new messages since."""
         episode = self._episode
         if episode is None or episode.stop_reason is not None:
-            raise ResetNeeded(f"the episode of {self.name or type(self).__name__} is over; call reset() first")
+            raise ResetNeeded(
+                f"the episode of {self.name or type(self).__name__} is over; call reset() first"
+            )
         if not isinstance(action, str):
             raise InvalidAction(f"an action is the text of a turn, got {type(action).__name__}")
         episode.turns += 1
         if len(action) > self.max_chars:
-            episode.messages.append({"role": "assistant", "content": encodable(str(action[: self.max_chars]))})
+            episode.messages.append(
+                {"role": "assistant", "content": encodable(str(action[: self.max_chars]))}
+            )
             return self._over((), TOO_LONG, terminated=False)
         text = action if action.isascii() else encodable(str(action))
         episode.messages.append({"role": "assistant", "content": text})
@@ -273,55 +281,55 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
             result = episode.toolbox.call(call)
             episode.results.append(result)
             name = getattr(call, "name", "")
-            messages.append({"role": "tool", "name": name if name in episode.toolbox.tools else "unknown",
-                             "content": result.text})
+            messages.append(
+                {
+                    "role": "tool",
+                    "name": name if name in episode.toolbox.tools else "unknown",
+                    "content": result.text,
+                }
+            )
         return messages
 
-    def pick_level(self, level: int | str | None, u: float) -> int:
-        """The level of a task: `level` itself, or a draw from a mix by `u` in [0, 1)."""
-        level = self.level if level is None else self._known_level(level)
-        if isinstance(level, int):
-            return level
-        weights = self.mixes[level if level is not None else "default"] if self.mixes else dict.fromkeys(self.levels, 1.0)
-        u *= sum(weights.values())
-        for choice, weight in weights.items():
-            u -= weight
-            if u < 0:
-                return choice
-        return choice
-
-    def card(self) -> dict[str, Any]:
-        """What a newcomer wants to know of this environment."""
-        task = self.task(self.split, 0)
-        return {
-            "name": self.name, "description": (type(self).__doc__ or "").strip().split("\n")[0],
-            "levels": dict(self.levels), "mixes": {k: dict(v) for k, v in self.mixes.items()},
-            "tools": [s["function"]["name"] for s in self.toolbox(task).schemas()],
-            "splits": {s: self.task_count(s) for s in self.splits}, "profiles": list(self.profiles),
-            "max_turns": self.max_turns, "scripts": sorted(self.scripts), "hacks": sorted(self.hacks),
-            "demonstrators": dict(self.demonstrators),
-        }
-
-    # ------------------------------------------------------------ inside
-
-    def _known_level(self, level: int | str | None) -> int | str | None:
+    def known_level(self, level: int | str | None) -> int | str | None:
+        """`level` if this environment has it, as a level, a mix or None; else ValueError with the nearest."""
         if isinstance(level, str) and level.isdecimal() and len(level) < 4:
             level = int(level)
         if level is not None and level not in self.levels and level not in self.mixes:
             one_of(str(level), [*map(str, self.levels), *self.mixes], "level")
         return level
 
+    def card(self) -> dict[str, Any]:
+        """What a newcomer wants to know of this environment."""
+        task = self.task(self.split, 0)
+        return {
+            "name": self.name,
+            "description": (type(self).__doc__ or "").strip().split("\n")[0],
+            "levels": dict(self.levels),
+            "mixes": {k: dict(v) for k, v in self.mixes.items()},
+            "tools": [s["function"]["name"] for s in self.toolbox(task).schemas()],
+            "splits": {s: self.task_count(s) for s in self.splits},
+            "profiles": list(self.profiles),
+            "max_turns": self.max_turns,
+            "scripts": sorted(self.scripts),
+            "hacks": sorted(self.hacks),
+            "demonstrators": dict(self.demonstrators),
+        }
+
+    # ------------------------------------------------------------ inside
+
     def _choose(self, options: Mapping[str, Any]) -> tuple[str, int, int | str | None]:
         for key in options:
             one_of(key, ("index", "split", "level"), "reset option")
         split = one_of(options.get("split", self.split), self.splits, "split")
-        level = self._known_level(options.get("level", self.level))
+        level = self.known_level(options.get("level", self.level))
         count = self.task_count(split)
         if "index" not in options:
             return split, int(self.np_random.integers(count or _INDEX_RANGE)), level
         index = int(options["index"])
         if index < 0 or (count is not None and index >= count):
-            raise ValueError(f"{self.name} has no task {index} in split {split!r} ({count or 'endless'} tasks)")
+            raise ValueError(
+                f"{self.name} has no task {index} in split {split!r} ({count or 'endless'} tasks)"
+            )
         return split, index, level
 
     def _over(
@@ -335,13 +343,16 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         return observation, verdict.reward - episode.earned, terminated, not terminated, info
 
     def _grade(self, episode: Episode) -> Verdict:
-        """The family's verdict with the facts that all environments share; a raising verifier is an outcome."""
+        """The family's verdict with the facts that all environments share; a raising verifier is an
+        outcome."""
         try:
             verdict = self.judge(episode.task, episode.final)
         except Exception as error:
             verdict = Verdict(self.lowest_reward, {}, {}, f"{type(error).__name__}: {error}"[:500])
         facts = {
-            "level": episode.task.level, "turns": episode.turns, "tool_calls": episode.toolbox.calls,
+            "level": episode.task.level,
+            "turns": episode.turns,
+            "tool_calls": episode.toolbox.calls,
             "tool_errors": sum(r.error is not None for r in episode.results),
         }
         return replace(verdict, reward=float(verdict.reward), facts={**facts, **verdict.facts})
@@ -357,9 +368,23 @@ def one_of(value: Any, known: Iterable[Any], what: str) -> Any:
     raise ValueError(f"unknown {what} {value!r}{hint} (known: {', '.join(map(str, known))})")
 
 
+def draw_level(level: int | str, mixes: Mapping[str, Mapping[int, float]], u: float) -> int:
+    """The level of a task: `level` itself, or a draw from the mix of that name by `u` in [0, 1)."""
+    if isinstance(level, int):
+        return level
+    left = u * sum(mixes[level].values())
+    for choice, weight in mixes[level].items():
+        left -= weight
+        if left < 0:
+            return choice
+    return max(mixes[level])   # rounding: u was as good as 1
+
+
 def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
     """The words of a message's content; other parts left out."""
-    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
+    return (
+        content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
+    )
 
 
 def fingerprint(*content: Any) -> str:

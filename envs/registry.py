@@ -1,4 +1,4 @@
-"""Names of environments: built-in, from plugins (entry points), by `package.module:Class`, by Gymnasium id."""
+"""Names of environments: built in, from plugins (entry points), `package.module:Class`, Gymnasium ids."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def make(spec: str | type[ChatEnv] | ChatEnv, **options: Any) -> ChatEnv:
     """An environment from its spec.
 
     Args:
-        spec: a name (``tool_qa``, a plugin's), a Gymnasium id (``palaestra/ToolQA-v0``), ``package.module:Class``,
+        spec: a name (``tool_qa``, a plugin's), a Gymnasium id (``palaestra/ToolQA-v0``),
+        ``package.module:Class``,
             ``jsonl:FILE``, a class, or an environment (returned as it is).
         options: keywords of the environment's constructor.
 
@@ -94,8 +95,8 @@ def _known(_path: tuple[str, ...]) -> Mapping[str, str]:
         if entry.name in names and (owners[entry.name], names[entry.name]) != (owner, entry.value):
             raise EnvConflict(
                 f"two distributions define the environment {entry.name!r}: {owners[entry.name]} "
-                f"({names[entry.name]}) and {owner} ({entry.value}); uninstall one, or name the class you mean as "
-                f"module:Class"
+                f"({names[entry.name]}) and {owner} ({entry.value}); uninstall one, or name the class you "
+                f"mean as module:Class"
             )
         names[entry.name], owners[entry.name] = entry.value, owner
     return names
@@ -114,7 +115,7 @@ def _load(target: str, spec: str) -> type[ChatEnv]:
         module = _import(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise   # the module is there and itself fails to import something
+            raise  # the module is there and itself fails to import something
         raise UnknownEnv(f"environment {spec!r}: no module {module_name!r} on the path") from None
     cls = getattr(module, class_name, None)
     if cls is None:
@@ -149,4 +150,6 @@ def _check_options(cls: type[ChatEnv], options: Mapping[str, Any]) -> None:
         if key not in accepted:
             near = difflib.get_close_matches(key, accepted, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{cls.__name__} has no option {key!r}{hint} (options: {', '.join(sorted(accepted))})")
+            raise TypeError(
+                f"{cls.__name__} has no option {key!r}{hint} (options: {', '.join(sorted(accepted))})"
+            )

@@ -1,4 +1,4 @@
-"""Whether the packages next to this one are ours: short import names may clash with another distribution's."""
+"""Whether the packages beside this one are ours: short names may clash with another distribution's."""
 
 from __future__ import annotations
 

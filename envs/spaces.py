@@ -1,7 +1,7 @@
 """Leaf spaces with O(1) membership: texts, messages, tool schemas.
 
-Gymnasium's `Text` admits 62 alphanumerics by default and walks over every character (285 µs for 4,000 of them);
-these look at types and lengths only. The observation space itself is a real `gymnasium.spaces.Dict`.
+Gymnasium's `Text` admits 62 alphanumerics by default and walks over every character (285 µs for 4,000 of
+them); these look at types and lengths only. The observation space itself is a real `gymnasium.spaces.Dict`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,16 @@ class Messages(spaces.Space[tuple]):
         super().__init__(None, None, seed)
 
     def sample(self, mask: Any = None, probability: Any = None) -> tuple[dict[str, Any], ...]:
-        return ({"role": ROLES[int(self.np_random.integers(len(ROLES)))], "content": _random_text(self.np_random)},)
+        return (
+            {
+                "role": ROLES[int(self.np_random.integers(len(ROLES)))],
+                "content": _random_text(self.np_random),
+            },
+        )
 
     def contains(self, x: Any) -> bool:
-        # The first and the last message stand for all: membership stays O(1) however much an environment says.
-        # `envs.check` looks at every message.
+        # The first and the last message stand for all: membership stays O(1) however much an environment
+        # says. `envs.check` looks at every message.
         if type(x) is not tuple or len(x) > self.max_messages:
             return False
         return not x or (is_message(x[0]) and (len(x) == 1 or is_message(x[-1])))
@@ -79,7 +84,11 @@ class ToolSchemas(spaces.Space[tuple]):
         super().__init__(None, None, seed)
 
     def sample(self, mask: Any = None, probability: Any = None) -> tuple[dict[str, Any], ...]:
-        function = {"name": "sample", "description": _random_text(self.np_random), "parameters": {"type": "object"}}
+        function = {
+            "name": "sample",
+            "description": _random_text(self.np_random),
+            "parameters": {"type": "object"},
+        }
         return ({"type": "function", "function": function},)
 
     def contains(self, x: Any) -> bool:
@@ -106,8 +115,10 @@ class Observation(spaces.Dict):
             return False
         leaves = self.spaces
         return (
-            "messages" in x and "tools" in x
-            and leaves["messages"].contains(x["messages"]) and leaves["tools"].contains(x["tools"])
+            "messages" in x
+            and "tools" in x
+            and leaves["messages"].contains(x["messages"])
+            and leaves["tools"].contains(x["tools"])
         )
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on exact fractions by a small recursive-descent parser: no `eval`, bounded in length, depth and size."""
+"""Arithmetic on exact fractions by a recursive-descent parser: no `eval`; bounded length, depth, size."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from tools.tool import ToolError
 
 MAX_CHARS = 200
 MAX_DEPTH = 20
-MAX_BITS = 60   # numerator and denominator of every intermediate result
+MAX_BITS = 60  # numerator and denominator of every intermediate result
 
 _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?|\.\d+)|(\*\*|//|>=|<=|==|!=|[-+*/%()<>^=×÷−]))", re.ASCII)
 _THOUSANDS = re.compile(r"(?<![\d.])(\d{1,3})((?:,\d{3})+)(?![\d,])", re.ASCII)
 _COMPARE: dict[str, Callable[[Fraction, Fraction], bool]] = {
-    ">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le,
-    "==": operator.eq, "=": operator.eq, "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "=": operator.eq,
+    "!=": operator.ne,
 }
 _SAME = {"×": "*", "÷": "/", "−": "-", "^": "**"}
 
 
 def calculator(expression: str) -> str:
-    """Works out + - * / > <
+    """arithmetic
 
     Args:
-        expression: e.g. "(341 - 87) / 2" or "341 > 87".
+        expression: sums, products, powers, or a comparison: "(341 - 87) / 2", "341 > 87".
     """
     if len(expression) > MAX_CHARS:
         raise ToolError(f"expression longer than {MAX_CHARS} characters")
@@ -57,7 +62,8 @@ def _tokens(expression: str) -> list[str]:
 
 
 class _Parser:
-    """comparison: sum [op sum]; sum: product {+- product}; product: unary {*/ unary}; unary: -unary | power."""
+    """comparison: sum [op sum]; sum: product {± product}; product: unary {*/ unary}; unary: -unary |
+    power."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens, self.position, self.depth = tokens, 0, 0

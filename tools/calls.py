@@ -1,7 +1,7 @@
 """How tool calls are written in an assistant's text: a small parser interface, and the Hermes / Qwen format.
 
-Model text is hostile: parsing is linear in its length, bounded, and never raises. What cannot be read becomes a
-`BadCall`, which is answered with an error message like any other call.
+Model text is hostile: parsing is linear in its length, bounded, and never raises. What cannot be read
+becomes a `BadCall`, which is answered with an error message like any other call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tools import strict_json
 
 MAX_CALLS_PER_TURN = 32
-_MAX_RAW = 2_000   # characters of an unreadable call that are kept
+_MAX_RAW = 2_000  # characters of an unreadable call that are kept
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class BadCall:
     """Something that began like a call and could not be read."""
 
     error: str
-    """``invalid_json``, ``not_an_object``, ``no_name``, ``bad_arguments``, ``unclosed`` or ``too_many_calls``."""
+    """``invalid_json``, ``not_an_object``, ``no_name``, ``bad_arguments``, ``unclosed`` or
+    ``too_many_calls``."""
     message: str
     """What is wrong, in words for the agent."""
     raw: str = field(default="", compare=False)
@@ -93,7 +94,7 @@ class Hermes:
                 break
             end = text.find(self.close, body)
             if end < 0:
-                calls.append(BadCall("unclosed", f"no {self.close}", text[start:start + _MAX_RAW]))
+                calls.append(BadCall("unclosed", f"no {self.close}", text[start : start + _MAX_RAW]))
                 position = len(text)
                 break
             calls.append(_read_call(text[body:end]))
@@ -107,7 +108,9 @@ class Hermes:
         for call in calls:
             body = json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
             # A tag inside a value would end the call early; JSON may write "<" as an escape.
-            body = body.replace(self.open, "\\u003c" + self.open[1:]).replace(self.close, "\\u003c" + self.close[1:])
+            body = body.replace(self.open, "\\u003c" + self.open[1:]).replace(
+                self.close, "\\u003c" + self.close[1:]
+            )
             parts.append(f"{self.open}{body}{self.close}")
         return "".join(parts)
 

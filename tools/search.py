@@ -28,11 +28,11 @@ class Search:
         if not words or not self.documents:
             return []
         if self._index is None:
-            from rank_bm25 import BM25Plus   # its scores are positive for every shared word, however common
+            from rank_bm25 import BM25Plus  # its scores are positive for every shared word, however common
 
             self._index = BM25Plus([words_of(d) or [""] for d in self.documents])
         scores = self._index.get_scores(words)
-        asked = set(words)   # BM25+ scores every document; one that shares no word is no hit
+        asked = set(words)  # BM25+ scores every document; one that shares no word is no hit
         hits = [i for i, d in enumerate(self.documents) if not asked.isdisjoint(words_of(d))]
         hits.sort(key=lambda i: -scores[i])
         return [self.documents[i] for i in hits[: self.top_k]]

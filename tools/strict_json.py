@@ -1,4 +1,4 @@
-"""JSON as the standard means it, from text that may be hostile: bounded, no duplicate keys, no NaN, no huge numbers."""
+"""JSON as the standard means it, from hostile text: bounded, no duplicate keys, NaN or huge numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def loads(text: str) -> Any:
     _check_depth(text)
     try:
         value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer, parse_float=_number
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_number,
         )
     except JsonError:
         raise

@@ -33,13 +33,15 @@ class Tool:
     fn: Callable[..., Any]
     """Called with the arguments as keywords. Text is passed on as it is, anything else as JSON."""
     timeout_s: float | None = None
-    """Seconds after which a call is given up. With a limit the function runs in a process of its own, which is
-    killed when time is up: it must be importable and what it changes there is lost. Without one it runs in place
-    and must itself be bounded."""
+    """Seconds after which a call is given up. With a limit the function runs in a process of its own, which
+    is killed when time is up: it must be importable and what it changes there is lost. Without one it runs
+    in place and must itself be bounded."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(f"tool name {self.name!r} must be letters, digits, '_', '.', '-', at most 64 of them")
+            raise ValueError(
+                f"tool name {self.name!r} must be letters, digits, '_', '.', '-', at most 64 of them"
+            )
         if self.parameters.get("type") != "object":
             raise ValueError(f"tool {self.name}: parameters must be a JSON Schema of type 'object'")
         if self.timeout_s is not None and not self.timeout_s > 0:
@@ -61,7 +63,7 @@ class Tool:
         properties: dict[str, Any] = {}
         required: list[str] = []
         for parameter in inspect.signature(fn).parameters.values():
-            if parameter.name == "self":   # an unbound method; give `fn` its object before use
+            if parameter.name == "self":  # an unbound method; give `fn` its object before use
                 continue
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
                 raise TypeError(f"tool {fn.__name__}: parameter {parameter.name!r} cannot be given by name")
@@ -74,7 +76,10 @@ class Tool:
                 required.append(parameter.name)
             properties[parameter.name] = schema
         parameters = {
-            "type": "object", "properties": properties, "required": required, "additionalProperties": False,
+            "type": "object",
+            "properties": properties,
+            "required": required,
+            "additionalProperties": False,
         }
         return cls(name or fn.__name__, summary, parameters, fn, timeout_s)
 
@@ -85,7 +90,8 @@ class Tool:
 
 
 def schema_of(hint: Any, where: str = "type hint") -> dict[str, Any]:
-    """JSON Schema of a type hint: str, int, float, bool, list, dict, Literal, Optional and unions of these."""
+    """JSON Schema of a type hint: str, int, float, bool, list, dict, Literal, Optional and unions of
+    these."""
     if hint in _SIMPLE:
         return {"type": _SIMPLE[hint]}
     if hint is list:
@@ -101,7 +107,9 @@ def schema_of(hint: Any, where: str = "type hint") -> dict[str, Any]:
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [schema_of(a, where) for a in arguments]}
-    raise TypeError(f"{where}: {hint!r} has no JSON Schema; use str, int, float, bool, list, dict, Literal or unions")
+    raise TypeError(
+        f"{where}: {hint!r} has no JSON Schema; use str, int, float, bool, list, dict, Literal or unions"
+    )
 
 
 def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:

@@ -17,7 +17,7 @@ from tools.calls import BadCall, ToolCall
 from tools.tool import Tool, ToolError
 
 CUT = "...[cut]"
-_ECHO = 40   # characters of the agent's own text that an error message repeats
+_ECHO = 40  # characters of the agent's own text that an error message repeats
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class ToolResult:
     text: str
     """The result, or ``error: ...``; always encodable as UTF-8."""
     error: str | None = None
-    """None, or: ``unknown_tool``, ``invalid_json`` (unreadable call), ``schema`` (wrong arguments), ``timeout``,
-    ``too_many_calls``, ``tool_error`` (the tool reports a failure), ``exception`` (the tool broke)."""
+    """None, or: ``unknown_tool``, ``invalid_json`` (unreadable call), ``schema`` (wrong arguments),
+    ``timeout``, ``too_many_calls``, ``tool_error`` (the tool reports a failure), ``exception`` (the tool
+    broke)."""
     truncated: bool = False
     """Whether the text was cut at the limit."""
 

@@ -1,8 +1,8 @@
 """Runs a function in a process of its own that is killed when its time is up.
 
-Workers are plain interpreters started with `python -m tools.worker`; they are kept and used again, one call at a
-time, and belong to the process, not to any environment, so that environments stay copyable. The function travels by
-name; its reply is JSON text, already cut to the limit on the worker's side.
+Workers are plain interpreters started with `python -m tools.worker`; they are kept and used again, one call
+at a time, and belong to the process, not to any environment, so that environments stay copyable. The
+function travels by name; its reply is JSON text, already cut to the limit on the worker's side.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def check_importable(fn: Callable[..., Any], why: str) -> None:
     except Exception as error:
         raise ValueError(f"{why}, so its function must be importable from a module ({error})") from None
     if inside_main:
-        raise ValueError(f"{why}, so its function must stand in a module, not in the script that is being run")
+        raise ValueError(
+            f"{why}, so its function must stand in a module, not in the script that is being run"
+        )
 
 
 def run(fn: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float, max_chars: int) -> Outcome:
@@ -72,8 +74,11 @@ class Worker:
         home = str(Path(__file__).resolve().parent.parent)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *(p for p in sys.path if p)])}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=env, start_new_session=True,
+            [sys.executable, "-m", "tools.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=env,
+            start_new_session=True,
         )
         self.alive = True
 
@@ -84,7 +89,7 @@ class Worker:
         try:
             pipe_in.write(_HEADER.pack(len(payload)) + payload)
             pipe_in.flush()
-            loaded = _read(pipe_out, time.monotonic() + START_LIMIT_S)   # importing is not the tool's time
+            loaded = _read(pipe_out, time.monotonic() + START_LIMIT_S)  # importing is not the tool's time
             reply = _read(pipe_out, time.monotonic() + timeout_s) if loaded == b"loaded" else loaded
         except TimeoutError:
             self.kill()
@@ -120,7 +125,7 @@ _lock = threading.Lock()
 def _take() -> Worker:
     global _owner
     with _lock:
-        if _owner != os.getpid():   # a forked child must not share its parent's workers
+        if _owner != os.getpid():  # a forked child must not share its parent's workers
             _idle.clear()
             _owner = os.getpid()
         while _idle:
@@ -183,7 +188,7 @@ def _serve() -> None:
     while header := source.read(_HEADER.size):
         payload = source.read(_HEADER.unpack(header)[0])
         try:
-            fn, arguments, max_chars = pickle.loads(payload)   # sent by our own parent process
+            fn, arguments, max_chars = pickle.loads(payload)  # sent by our own parent process
         except Exception as error:
             send(json.dumps([f"{type(error).__name__}: {error}", "exception"]).encode())
             continue

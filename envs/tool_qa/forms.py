@@ -1,8 +1,8 @@
-"""The forms of questions: each picks facts of a world, and knows the shortest way to the answer by construction.
+"""The forms of questions: each picks facts of a world and knows the shortest way by construction.
 
-A call yields one fact or one calculation, so the plan's length is the smallest number of calls that does not guess:
-documents never hold a fact that the question needs, except one (see `Question.shown`), and where a step too few would
-by chance give the right answer, the world is thrown away.
+A call yields one fact or one calculation, so the plan's length is the smallest number of calls that does not
+guess: documents never hold a fact that the question needs, except one (see `Question.shown`), and where a
+step too few would by chance give the right answer, the world is thrown away.
 """
 
 from __future__ import annotations
@@ -69,8 +69,11 @@ class Draft:
         for i in range(length):
             last = i == length - 1
             table = self.world.facts[name]
-            choices = self.world.numeric(name) if last and last_numeric else (
-                [a for a in table if a != "staff"] if last else self.world.links(name))
+            choices = (
+                self.world.numeric(name)
+                if last and last_numeric
+                else ([a for a in table if a != "staff"] if last else self.world.links(name))
+            )
             choices = [a for a in choices if a not in {a for _, a in path}]
             if not choices:
                 return None
@@ -198,7 +201,8 @@ def chain_sum(d: Draft) -> Question | None:
 
 
 def _found(d: Draft) -> tuple[Fact, str, Step] | None:
-    """Something that is not named but described by a fact that it alone has: (fact, description, the search)."""
+    """Something that is not named but described by a fact that it alone has: (fact, description, the
+    search)."""
     name = d.thing(("person", "person", "company"))
     attribute = pick(d.u, d.world.links(name))
     value = d.fact(name, attribute)
@@ -215,7 +219,11 @@ def found2(d: Draft) -> Question | None:
         return None
     (name, attribute), description, step = found
     path = d.chain(name, 2)
-    if path is None or attribute in {a for _, a in path} or d.fact(name, attribute) in {d.fact(*f) for f in path}:
+    if (
+        path is None
+        or attribute in {a for _, a in path}
+        or d.fact(name, attribute) in {d.fact(*f) for f in path}
+    ):
         return None
     words = {"np": f"the {path[1][1]} of the {path[0][1]} of {description}"}
     return Question(words, d.fact(*path[-1]), [step, *d.lookups(path)], 3, path, (name, attribute))
@@ -271,9 +279,22 @@ def total_staff(d: Draft) -> Question | None:
 
 
 FORMS: Mapping[str, Callable[[Draft], Question | None]] = {
-    f.__name__: f for f in (
-        one_hop, stated, small_sum, small_comparison, chain2, chain3, sum2, minus2, compare2, chain_sum, found2,
-        found_sum, count_staff, total_staff,
+    f.__name__: f
+    for f in (
+        one_hop,
+        stated,
+        small_sum,
+        small_comparison,
+        chain2,
+        chain3,
+        sum2,
+        minus2,
+        compare2,
+        chain_sum,
+        found2,
+        found_sum,
+        count_staff,
+        total_staff,
     )
 }
 

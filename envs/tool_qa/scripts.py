@@ -96,5 +96,7 @@ def untagged(env: ChatEnv, rng: np.random.Generator) -> Turns:
 
 SCRIPTS: Mapping[str, Script] = {"oracle": oracle, "cautious": cautious, "hasty": hasty}
 HACKS: Mapping[str, Script] = {
-    "list_everything": list_everything, "answer_with_reasons": answer_with_reasons, "untagged": untagged,
+    "list_everything": list_everything,
+    "answer_with_reasons": answer_with_reasons,
+    "untagged": untagged,
 }

@@ -1,4 +1,4 @@
-"""A small world of people, places and companies: facts, little documents about them, and the tools that read both."""
+"""A small world of people, places and companies: facts, documents, and the tools that read them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from tools.search import Search
 ATTRIBUTES: Mapping[str, Mapping[str, Mapping]] = DATA["attributes"]
 KINDS = tuple(ATTRIBUTES)
 _MONTHS = DATA["days"]["months"]
-_LINK = {kind: tuple(a for a, s in table.items() if s["value"] in KINDS) for kind, table in ATTRIBUTES.items()}
-_NUMERIC = {kind: tuple(a for a, s in table.items() if s["value"] == "number") for kind, table in ATTRIBUTES.items()}
+_LINK = {
+    kind: tuple(a for a, s in table.items() if s["value"] in KINDS) for kind, table in ATTRIBUTES.items()
+}
+_NUMERIC = {
+    kind: tuple(a for a, s in table.items() if s["value"] == "number") for kind, table in ATTRIBUTES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,15 @@ def _facts_of(
             table[attribute] = ", ".join(p for p in things["person"] if employer[p] == name)
         elif attribute == "company":
             table[attribute] = employer[name]
-        else:   # no one is their own mentor, and a mentor is no rival
+        else:  # no one is their own mentor, and a mentor is no rival
             taken = {name, *table.values()}
             table[attribute] = pick(u, [n for n in things[value] if n not in taken])
     return table
 
 
-def documents(u: Uniform, world: World, hidden: frozenset[tuple[str, str]], shown: tuple[str, str] | None) -> list[str]:
+def documents(
+    u: Uniform, world: World, hidden: frozenset[tuple[str, str]], shown: tuple[str, str] | None
+) -> list[str]:
     """One line per thing with two or three of its facts: never a hidden one, always the shown one."""
     lines = []
     low, high = DATA["search"]["facts"]
@@ -104,7 +110,7 @@ class Library:
     """The documents; indexed at the first query."""
 
     def lookup(self, entity: str, attribute: str) -> str:
-        """One fact about something
+        """read a fact
 
         Args:
             entity: a person, place or company.
@@ -119,7 +125,7 @@ class Library:
         return value
 
     def search(self, query: str) -> str:
-        """Find short documents
+        """search the documents
 
         Args:
             query: words to look for.
