@@ -201,14 +201,18 @@ def test_every_call_in_a_dialogue_is_valid_and_its_values_stand_before_it():
     for i in range(150):
         talk = dialogues.make(Names(np.random.default_rng(i)))
         known = {t.name: t for t in talk.tools}
-        text = unmark(talk.text())
-        for piece in text.split("<tool_call>")[1:]:
-            call = json.loads(piece.split("</tool_call>")[0])
-            assert tuple(call["arguments"]) == known[call["name"]].arguments
+        before = ""
         for message in talk.messages:
+            content = unmark(message["content"])
             if message["role"] == "assistant":
-                assert ("<tool_call>" in message["content"]) != ("<answer>" in message["content"])
-        assert unmark(talk.messages[-1]["content"]).endswith("</answer>")
+                assert ("<tool_call>" in content) != ("<answer>" in content)
+                for piece in content.split("<tool_call>")[1:]:
+                    call = json.loads(piece.split("</tool_call>")[0])
+                    assert tuple(call["arguments"]) == known[call["name"]].arguments
+                    words = " ".join(call["arguments"].values()).replace(",", "").split()
+                    assert all(w in before.replace(",", "") or w in "+-*/" for w in words)
+            before += content
+        assert before.endswith("</answer>")
 
 
 def test_tools_have_openai_schemas():

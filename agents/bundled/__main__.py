@@ -49,18 +49,18 @@ class Card:
 
 def main(argv: list[str]) -> int:
     """Runs a command; 2 for what the user got wrong."""
-    commands = {"build": (Build, run_build), "card": (Card, run_card)}
-    name = argv[0] if argv else ""
-    if name in ("-h", "--help"):
-        print(f"usage: python -m agents.bundled {{{','.join(commands)}}} [options]")
-        return 0
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
     try:
-        if name not in commands:
+        if name == "build":
+            run_build(parse(Build, rest, "agents.bundled build"))
+        elif name == "card":
+            run_card(parse(Card, rest, "agents.bundled card"))
+        elif name in ("-h", "--help"):
+            print("usage: python -m agents.bundled {build,card} [options]")
+        else:
             raise UsageError(
-                f"unknown command `{name}`{nearest(name, commands)} (there are: {', '.join(commands)})"
+                f"unknown command `{name}`{nearest(name, ('build', 'card'))} (there are: build, card)"
             )
-        config, command = commands[name]
-        command(parse(config, argv[1:], f"agents.bundled {name}"))
     except UsageError as error:
         print(f"agents.bundled: {error}", file=sys.stderr)
         return 2

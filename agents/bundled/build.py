@@ -32,7 +32,7 @@ class Plan:
 
     seed: int = 0
     """Of the weights and of every document."""
-    steps: int = 6500
+    steps: int = 6000
     """Optimizer steps."""
     tokens: int = 2048
     """Tokens per step."""
@@ -117,7 +117,7 @@ def train(
             opt.step()
             opt.zero_grad()
         done = step + 1 - first
-        report(Progress(step + 1, float(loss), done * plan.tokens / (time.monotonic() - started)))
+        report(Progress(step + 1, float(loss.detach()), done * plan.tokens / (time.monotonic() - started)))
         if (step + 1) % plan.checkpoint == 0 or step + 1 == plan.steps:
             _checkpoint(plan, work, model, opts, step + 1)
             on_checkpoint(model, tokenizer, step + 1)

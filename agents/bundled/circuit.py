@@ -10,6 +10,8 @@ starts small and random, and nothing is frozen.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
@@ -62,12 +64,12 @@ def _embed(
     for token, i in vocabulary.items():
         if token[0] == "Ġ" and token[1:].isalpha() and token[1:] in vocabulary:
             table_VE[i] = 0.85 * table_VE[vocabulary[token[1:]]] + 0.5 * table_VE[i]
-    model.get_input_embeddings().weight.copy_(table_VE @ token_DE.T + 4.0 * common_D)
+    model.model.embed_tokens.weight.copy_(table_VE @ token_DE.T + 4.0 * common_D)
     return table_VE
 
 
 def _frequencies(model: Qwen3ForCausalLM) -> Tensor:
-    return model.model.rotary_emb.inv_freq.detach().float().cpu()
+    return cast(Tensor, model.model.rotary_emb.inv_freq).detach().float().cpu()
 
 
 def _previous_tokens(model: Qwen3ForCausalLM, common_D: Tensor, before_DS: Tensor, views_SD: Tensor) -> None:

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.bundled.corpus import arithmetic, chains, copying, dialogues, syntax, tables
+from agents.bundled.corpus import arithmetic, chains, copying, dialogues, hops, syntax, tables
 
 SKILLS = {
     "copying": copying,
     "tables": tables,
+    "hops": hops,
     "chains": chains,
     "arithmetic": arithmetic,
     "syntax": syntax,
     "dialogues": dialogues,
 }
-EARLY = {
-    "copying": 0.45,
-    "tables": 0.30,
-    "chains": 0.03,
-    "arithmetic": 0.05,
-    "syntax": 0.07,
-    "dialogues": 0.10,
-}
-LATE = {
-    "copying": 0.08,
-    "tables": 0.15,
-    "chains": 0.08,
-    "arithmetic": 0.11,
-    "syntax": 0.08,
-    "dialogues": 0.50,
-}
+EARLY = dict(zip(SKILLS, (0.25, 0.20, 0.15, 0.05, 0.08, 0.07, 0.20), strict=True))
+LATE = dict(zip(SKILLS, (0.06, 0.12, 0.10, 0.06, 0.10, 0.06, 0.50), strict=True))
 
 
 def document(rng: np.random.Generator, progress: float) -> str:

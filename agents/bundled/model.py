@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qw
 
 from agents.bundled import circuit
 from agents.bundled.chat import END, STOP
-from agents.bundled.tokenizer import MAX_LENGTH
+from agents.bundled.tokenizer import MAX_LENGTH, token_id
 
 WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, MLP = 128, 4, 4, 4, 32, 256
 
@@ -29,9 +29,8 @@ def create(tokenizer: PreTrainedTokenizerBase, seed: int, **changes: int) -> Qwe
         tie_word_embeddings=False,
         attention_bias=False,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(STOP),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END),
-        attn_implementation="sdpa",
+        eos_token_id=token_id(tokenizer, STOP),
+        pad_token_id=token_id(tokenizer, END),
     )
     for name, value in changes.items():
         setattr(config, name, value)
@@ -44,9 +43,9 @@ def create(tokenizer: PreTrainedTokenizerBase, seed: int, **changes: int) -> Qwe
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes weights as bfloat16 safetensors, configuration and tokenizer; `model` itself stays float32."""
-    stored = copy.deepcopy(model).to(torch.bfloat16)
-    stored.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids([STOP, END])
-    stored.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(END)
+    stored = copy.deepcopy(model).bfloat16()
+    stored.generation_config.eos_token_id = [token_id(tokenizer, STOP), token_id(tokenizer, END)]
+    stored.generation_config.pad_token_id = token_id(tokenizer, END)
     stored.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

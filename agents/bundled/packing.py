@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from agents.bundled import mixture
 from agents.bundled.chat import END
 from agents.bundled.corpus.marks import strip
+from agents.bundled.tokenizer import token_id
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def rows(
     background: float,
 ) -> Rows:
     """`tokens // length` rows; documents follow each other with END between, and each row begins with one."""
-    end = tokenizer.convert_tokens_to_ids(END)
+    end = token_id(tokenizer, END)
     ids_BT = np.empty((tokens // length, length), dtype=np.int64)
     marks_BT = np.empty(ids_BT.shape, dtype=np.int64)
     for b in range(len(ids_BT)):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from agents.bundled.corpus import arithmetic, chains, copying, dialogues, tables
+from agents.bundled.corpus import arithmetic, chains, copying, dialogues, hops, tables
 from agents.bundled.corpus.names import Names
 from agents.bundled.packing import encode
 
@@ -51,6 +51,7 @@ def _of(kind: Callable[[Names], str]) -> Callable[[np.random.Generator], str]:
 DRAWS: dict[str, Callable[[np.random.Generator], str]] = {
     "copy: repeated list": _of(copying.repeated_list),
     "copy: echo": _of(copying.echo),
+    "order of look-ups in a phrase": _of(hops.orders),
     "look-up: pairs": _of(tables.pairs),
     "look-up: sentences": _of(tables.sentences),
     "look-up: entity and attribute": _of(tables.records),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from agents.bundled.corpus.marks import det
@@ -30,7 +32,8 @@ WORDING = {
 
 def document(rng: np.random.Generator, held_out: bool = False) -> str:
     n = Names(rng, held_out)
-    return n.pick((expressions, expressions, comparisons, comparisons, _largest, counts, sums))(n)
+    kinds = (expressions,) * 4 + (comparisons,) * 2 + (_largest, counts, sums)
+    return n.pick(kinds)(n)
 
 
 def wording(n: Names, op: str, a: str, b: str) -> str:
@@ -79,7 +82,7 @@ def _largest(n: Names) -> str:
     lines = ""
     for _ in range(n.integer(2, 7)):
         size = n.pick((100, 1000))
-        values = n.many(lambda size=size: n.integer(size // 10, size), n.integer(3, 6))
+        values = n.many(partial(n.integer, size // 10, size), n.integer(3, 6))
         word, choose = n.pick((("largest", max), ("smallest", min)))
         lines += f"{word} of {', '.join(map(str, values))}: {det(str(choose(values)))}\n"
     return lines

@@ -50,11 +50,12 @@ def repeated_list(n: Names) -> str:
 def echo(n: Names) -> str:
     """Each item is said once and repeated at once, several per document."""
     say, arrow, end = n.pick(SAY), n.pick(ARROWS), n.pick(("\n", "; ", '"\n', " | "))
-    lines = []
+    lines: list[str] = []
     for _ in range(n.integer(3, 16)):
         draw = _draws(n)
         item = " ".join(draw() for _ in range(n.integer(1, 4))) if n.chance(0.3) else draw()
-        lines.append(f"{say} {item}{arrow}{det(item + end)}")
+        # The first line sets how lines end; from the second on the end is determined as well.
+        lines.append(f"{say} {item}{arrow}" + (det(item + end) if lines else det(item) + end))
     return "".join(lines)
 
 

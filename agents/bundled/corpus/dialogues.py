@@ -17,8 +17,9 @@ import numpy as np
 
 from agents.bundled.chat import STOP, render
 from agents.bundled.corpus import arithmetic
+from agents.bundled.corpus.hops import OF, phrase
 from agents.bundled.corpus.marks import CLOSE, det
-from agents.bundled.corpus.names import NUMBER_ATTRIBUTES, PERSON_ATTRIBUTES, WORDS, Names
+from agents.bundled.corpus.names import NUMBER_ATTRIBUTES, WORDS, Names
 from agents.bundled.corpus.toolkit import ARGUMENTS, Tool, make_tool
 
 SYSTEMS = (
@@ -35,8 +36,8 @@ SYSTEMS = (
     "Call a tool as <tool_call>JSON</tool_call>, then reply as <answer>result</answer>.",
 )
 WRAPS = (
-    "Tell me {}.",
-    "Find {}.",
+    "Tell us {}.",
+    "Fetch {}.",
     "I need {}.",
     "Give me {}, please.",
     "Do you know {}?",
@@ -104,11 +105,11 @@ def document(rng: np.random.Generator, held_out: bool = False) -> str:
 def make(n: Names, whole_turns: bool = True, kinds: tuple[str, ...] = ()) -> Talk:
     """A dialogue of one to three questions of the given kinds (default: any), all under the same habits."""
     talk = Talk(n, whole_turns)
-    kinds = kinds or tuple(n.sample(KIND_WEIGHTS, n.pick((1, 1, 1, 2, 3))))
+    kinds = kinds or tuple(n.sample(KIND_WEIGHTS, n.pick((1, 1, 1, 2))))
     questions = [QUESTIONS[kind] for kind in kinds]
     needed = {t for q in questions for t in q.tools}
     extra = [k for k in ("field", "search", "formula", "list", "action", "action") if k not in needed]
-    more = n.sample(extra, n.pick((0, 0, 1, 1, 2, 3)))
+    more = n.sample(extra, n.pick((0, 0, 0, 1, 1, 2)))
     talk.tools = [make_tool(n, kind) for kind in n.sample([*sorted(needed), *more], len(needed) + len(more))]
     _opening(talk)
     style = Style.draw(n)
@@ -131,27 +132,14 @@ def _opening(talk: Talk) -> None:
 class Style:
     """How a dialogue phrases things and how its tools reply."""
 
-    of: Callable[[str, str], str]
-    """(attribute, owner) → noun phrase."""
+    of: str
+    """Noun phrase of an attribute {a} of an owner {x}."""
     reply: Callable[[str, str, str], str]
     """(entity, attribute, value) → tool message."""
-    query: Callable[[str, str], str]
-    """(entity, attribute) → search text."""
 
     @classmethod
     def draw(cls, n: Names) -> Style:
-        of = n.pick(
-            (
-                lambda a, x: f"the {a} of {x}",
-                lambda a, x: f"the {a} of {x}",
-                lambda a, x: f"{x}'s {a}",
-                lambda a, x: f"{x}'s {a}",
-                lambda a, x: f"the {a} that belongs to {x}",
-                lambda a, x: f"the {a} listed for {x}",
-            )
-        )
-        mixed = n.chance(0.2)
-        nest = (lambda a, x: f"the {a} of {x}" if "'s" in x else f"{x}'s {a}") if mixed else of
+        of = n.pick(OF)
         reply = n.pick(
             (
                 lambda x, a, v: v,
@@ -166,16 +154,7 @@ class Style:
                 lambda x, a, v: f"ok: {v}",
             )
         )
-        query = n.pick(
-            (
-                lambda x, a: f"{x} {a}",
-                lambda x, a: f"{a} of {x}",
-                lambda x, a: x,
-                lambda x, a: f"{a} {x}",
-                lambda x, a: f"{x}'s {a}",
-            )
-        )
-        return cls(nest, reply, query)
+        return cls(of, reply)
 
 
 def _tool(talk: Talk, kind: str) -> Tool:
@@ -188,22 +167,19 @@ def _ask(talk: Talk, subject: str) -> None:
 
 
 def _path(n: Names, length: int, last: str = "any") -> list[tuple[str, str]]:
-    """[(attribute, value)] of a chain: all but the last lead to people."""
-    used = n.sample(PERSON_ATTRIBUTES, length)
-    steps = [(used[i], n.person()) for i in range(length - 1)]
+    """[(attribute, value)] of a chain; the last value may have to be a number."""
+    used = n.many(n.relation, length)
+    steps = [(word, n.pick((n.person, n.person, n.place, n.thing))()) for word in used[:-1]]
     if last == "number":
-        return [*steps, (n.pick(NUMBER_ATTRIBUTES), n.number())]
-    word, draw = n.attribute()
-    while word in used[: length - 1]:
+        word, value = n.pick(NUMBER_ATTRIBUTES), n.number()
+    else:
         word, draw = n.attribute()
-    return [*steps, (word, draw())]
+        value = draw()
+    return [*steps, (used[-1] if word in used[:-1] else word, value)]
 
 
 def _phrase(style: Style, start: str, path: list[tuple[str, str]]) -> str:
-    text = start
-    for attribute, _ in path:
-        text = style.of(attribute, text)
-    return text
+    return phrase(style.of, start, [attribute for attribute, _ in path])
 
 
 def _field_call(talk: Talk, entity: str, attribute: str) -> str:
@@ -220,7 +196,7 @@ def _follow(talk: Talk, style: Style, start: str, path: list[tuple[str, str]], k
             talk.act(f"I need the {attribute} of {entity}.", _field_call(talk, entity, attribute))
             talk.add("tool", style.reply(entity, attribute, value))
         else:
-            query = talk.value(style.query(entity, attribute))
+            query = talk.value(f"{entity} {attribute}")
             talk.act(f"I need the {attribute} of {entity}.", _tool(talk, "search").call(query))
             talk.add("tool", _documents(talk.n, style, entity, attribute, value))
         entity = value
@@ -340,10 +316,9 @@ def _context(talk: Talk, style: Style) -> None:
     facts = {n.attribute()[0]: n.anything() for _ in range(n.integer(1, 4))}
     start, word = n.name(), n.pick(list(facts))
     known = " ".join(f"{start}'s {a} is {v}." for a, v in facts.items())
-    talk.add(
-        "user", f"{known} {n.pick(('What was', 'Now say', 'Repeat', 'So what is'))} {style.of(word, start)}?"
-    )
-    talk.answer(style.of(word, start), facts[word])
+    ask = n.pick(("What was", "Now say", "Repeat", "So what is"))
+    talk.add("user", f"{known} {ask} {phrase(style.of, start, [word])}?")
+    talk.answer(phrase(style.of, start, [word]), facts[word])
 
 
 def _action(talk: Talk, style: Style) -> None:
@@ -391,10 +366,10 @@ def _missing(talk: Talk, style: Style) -> None:
     """The record does not exist: say so."""
     n = talk.n
     start, (word, _) = n.name(), n.attribute()
-    _ask(talk, style.of(word, start))
+    _ask(talk, phrase(style.of, start, [word]))
     talk.act(f"I need the {word} of {start}.", _field_call(talk, start, word))
     talk.add("tool", n.pick(("error: not found", f"error: no {word}", f"error: unknown {start}")))
-    talk.answer(style.of(word, start), "unknown")
+    talk.answer(phrase(style.of, start, [word]), "unknown")
 
 
 @dataclass(frozen=True)

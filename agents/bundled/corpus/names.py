@@ -181,8 +181,17 @@ class Names:
             )
         )()
 
+    def relation(self) -> str:
+        """An attribute word of any kind; one in seven is no usual one."""
+        if self.chance(0.15):
+            return self.word()
+        words = (PERSON_ATTRIBUTES, PERSON_ATTRIBUTES, PLACE_ATTRIBUTES, NUMBER_ATTRIBUTES)
+        return self.pick(self.pick(words))
+
     def attribute(self) -> tuple[str, Callable[[], str]]:
         """(attribute word, draw of its values)."""
+        if self.chance(0.1):
+            return self.word(), self.anything
         words, draw = self.pick(self._attributes())
         return self.pick(words), draw
 

@@ -47,7 +47,10 @@ def pairs(n: Names) -> str:
     shown = n.pick(shapes)
     asked = shown if n.chance(0.5) else n.pick(shapes)
     head = "".join(shown[0] + k + shown[1] + v + shown[2] for k, v in table.items())
-    tail = "".join(asked[0] + k + asked[1] + det(table[k] + asked[2]) for k in _questions(n, keys))
+    tail = ""
+    for key in _questions(n, keys):  # the first line sets how lines end
+        value = det(table[key] + asked[2]) if tail else det(table[key]) + asked[2]
+        tail += asked[0] + key + asked[1] + value
     return head + n.pick(("\n", "---\n", "?\n")) + tail
 
 
@@ -77,7 +80,9 @@ def sentences(n: Names) -> str:
     )
     sep = n.pick((" ", "\n"))
     head = sep.join(say.format(a=attribute, k=k, v=v) for k, v in facts.items())
-    tail = "".join(ask.format(a=attribute, k=k) + det(facts[k] + reply) for k in _questions(n, list(facts)))
+    tail = ""
+    for k in _questions(n, list(facts)):
+        tail += ask.format(a=attribute, k=k) + (det(facts[k] + reply) if tail else det(facts[k]) + reply)
     return f"{head}\n{tail}"
 
 

@@ -181,6 +181,8 @@ def argument_word(n: Names) -> str:
 
 
 def make_tool(n: Names, kind: str) -> Tool:
+    """A tool of one of the kinds in `DESCRIPTIONS`."""
+    arguments: tuple[str, ...]
     if kind == "field":
         words = (n.pick(ARGUMENTS["key"]), n.pick(ARGUMENTS["field"]))
         name = n.verb_name()
