@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
-from envs.spaces import Observation, Text
+from envs.spaces import Observation, Schemas, Text
 from tools import CallFormat, ParsedTurn, Toolbox, ToolResult, get_format
 from tools.toolbox import encodable
 
@@ -161,7 +161,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         self.observation_space = Observation()
         self.action_space = Text(max_chars)
         self._episode: Episode | None = None
-        self._schemas: tuple[dict[str, Any], ...] = ()
+        self._schemas = Schemas()
 
     # ------------------------------------------------------------ what a family defines
 
@@ -208,11 +208,11 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         task = self.task(split, index, level)
         toolbox = self.toolbox(task)
         schemas = toolbox.schemas()
-        if schemas != self._schemas:  # the same object every time: those who format tools may go by identity
-            self._schemas = schemas
+        if schemas != self._schemas:
+            self._schemas = Schemas(schemas)
         self._episode = Episode(task, toolbox, [])
         messages = tuple(self.opening(task))
-        self._episode.messages.extend(messages)
+        self._episode.messages.extend(map(dict, messages))
         info = {"task_id": task.task_id, "split": task.split, "index": task.index, "level": task.level}
         return {"messages": messages, "tools": self._schemas}, info
 
@@ -234,16 +234,18 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         text = action if action.isascii() else encodable(str(action))
         episode.messages.append({"role": "assistant", "content": text})
         turn = self.call_format.parse(text)
+        ran = len(episode.results)
         reply = self.reply(turn)
-        episode.messages.extend(reply.messages)
+        episode.messages.extend(map(dict, reply.messages))  # what is handed out belongs to the caller
         if reply.done:
             episode.final = turn.content
-            return self._over(reply.messages, ANSWERED, terminated=True)
+            return self._over(reply.messages, ANSWERED, terminated=True, ran=ran)
         if episode.turns >= self.max_turns:
-            return self._over(reply.messages, MAX_TURNS, terminated=False)
+            return self._over(reply.messages, MAX_TURNS, terminated=False, ran=ran)
         episode.earned += reply.reward
         observation = {"messages": reply.messages, "tools": self._schemas}
-        return observation, reply.reward, False, False, {"task_id": episode.task.task_id}
+        info = {"task_id": episode.task.task_id, "tool_results": episode.results[ran:]}
+        return observation, reply.reward, False, False, info
 
     def finish(self, stop_reason: str) -> tuple[float, dict[str, Any]]:
         """End the episode from outside (no room in the context, ...). It is graded all the same.
@@ -256,7 +258,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         _, reward, _, _, info = self._over((), stop_reason, terminated=False)
         return reward, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The conversation and the verdict as text (`ansi`)."""
         if self.render_mode is None:
             return None
@@ -320,10 +322,11 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     def _choose(self, options: Mapping[str, Any]) -> tuple[str, int, int | str | None]:
         for key in options:
             one_of(key, ("index", "split", "level"), "reset option")
-        split = one_of(options.get("split", self.split), self.splits, "split")
-        level = self.known_level(options.get("level", self.level))
+        split = one_of(options.get("split") or self.split, self.splits, "split")
+        wanted = options.get("level")
+        level = self.level if wanted is None else self.known_level(wanted)
         count = self.task_count(split)
-        if "index" not in options:
+        if options.get("index") is None:
             return split, int(self.np_random.integers(count or _INDEX_RANGE)), level
         index = int(options["index"])
         if index < 0 or (count is not None and index >= count):
@@ -333,12 +336,13 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         return split, index, level
 
     def _over(
-        self, messages: tuple[Message, ...], stop_reason: str, terminated: bool
+        self, messages: tuple[Message, ...], stop_reason: str, terminated: bool, ran: int | None = None
     ) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         episode = self.episode
         episode.stop_reason = stop_reason
         episode.verdict = verdict = self._grade(episode)
         info = {"task_id": episode.task.task_id, "verdict": verdict, "stop_reason": stop_reason}
+        info["tool_results"] = [] if ran is None else episode.results[ran:]   # those of this step
         observation = {"messages": messages, "tools": self._schemas}
         return observation, verdict.reward - episode.earned, terminated, not terminated, info
 
