@@ -318,7 +318,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{_safe(name)} {count}" for name, count in counts.items()) or "none"
+    return ", ".join(f"{_safe(name)} {count}" for name, count in list(counts.items())[:8]) or "none"
 
 
 def _safe(text: str) -> str:

@@ -322,7 +322,7 @@ def failure_of(t: Trajectory) -> str | None:
     if t.verdict is not None and t.verdict.failure:
         return str(t.verdict.failure)[:80]
     if t.stop_reason.startswith("error:"):
-        return t.stop_reason[:80]
+        return f"{t.stop_reason} {t.facts.get('error', '')}".strip()[:120]
     return "no verdict" if t.verdict is None else None
 
 

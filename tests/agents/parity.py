@@ -25,7 +25,8 @@ def _says(text):
 def _oracle(env, rng):
     task = env.episode.task
     if task.level == 2:
-        yield f'<tool_call>{{"name": "remainder", "arguments": {{"number": {task.prompt["number"]}}}}}</tool_call>'
+        arguments = f'{{"number": {task.prompt["number"]}}}'
+        yield f'<tool_call>{{"name": "remainder", "arguments": {arguments}}}</tool_call>'
     yield f"<answer>{task.truth['answer']}</answer>"
 
 
@@ -48,7 +49,7 @@ class Parity(ChatEnv):
     hacks = {"silent": _says(""), "breaks_the_verifier": _says("<answer>raise</answer>")}  # noqa: RUF012
 
     def task(self, split, index, level=None):
-        level = self.pick_level(level, (index % 2) * 0.6)
+        level = self.known_level(self.level if level is None else level) or 1 + index % 2
         number = 7 * index + (3 if split == "train" else 1_000_000)
         truth = "odd" if number % 2 else "even"
         return Task(

@@ -1,4 +1,4 @@
-"""Evaluation with real environments and scripted policies: the numbers are those that can be counted by hand."""
+"""Evaluation with a real environment and scripted policies: numbers that can be counted by hand."""
 
 from __future__ import annotations
 

@@ -1,0 +1,306 @@
+"""The endpoint engine: conversions both ways, a misbehaving server over real sockets, and a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agents.cli import UsageError
+from agents.engines import endpoint
+from agents.engines.base import SampleParams
+from agents.engines.endpoint import Endpoint, EndpointConfig, read_reply, to_plain, to_text, to_wire
+from agents.evaluate import TextPlayer, evaluate
+from agents.rollout import Limits
+from tests.agents.parity import Parity
+from tools import HERMES, BadCall, ToolCall
+
+pytest.importorskip("openai", reason="the endpoint extra is not installed")
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**9), 10**9)
+    | st.text(st.characters(codec="utf-8"), max_size=12)
+)
+arguments = st.dictionaries(
+    st.text(st.characters(codec="utf-8"), max_size=8), leaves | st.lists(leaves, max_size=3)
+)
+calls = st.lists(
+    st.builds(ToolCall, st.from_regex(r"[a-z_]{1,12}", fullmatch=True), arguments), min_size=1, max_size=3
+)
+
+
+def structured(call: ToolCall, raw: str | None = None) -> dict:
+    return {
+        "id": "x",
+        "type": "function",
+        "function": {"name": call.name, "arguments": raw or json.dumps(dict(call.arguments))},
+    }
+
+
+@given(calls, st.sampled_from(["", "Let me look.", "<b>&"]))
+@settings(deadline=None)
+def test_structured_calls_read_back_as_themselves(made, words):
+    text = to_text(words, [structured(c) for c in made], HERMES)
+    turn = HERMES.parse(text)
+    assert turn.content == words and list(turn.calls) == made
+
+
+@given(calls)
+@settings(deadline=None)
+def test_a_turn_goes_out_as_it_came_in(made):
+    """text -> wire -> text keeps every call, and each tool message names its call."""
+    text = HERMES.render("words", made)
+    history = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+    history += [{"role": "tool", "name": c.name, "content": f"result {i}"} for i, c in enumerate(made)]
+    wire = to_wire(history, HERMES)
+    assert HERMES.parse(to_text(wire[1]["content"], wire[1]["tool_calls"], HERMES)).calls == tuple(made)
+    ids = [c["id"] for c in wire[1]["tool_calls"]]
+    assert len(set(ids)) == len(ids) and [m["tool_call_id"] for m in wire[2:]] == ids
+    assert [m["content"] for m in wire[2:]] == [f"result {i}" for i in range(len(made))]
+
+
+def test_a_tool_message_without_a_readable_call_becomes_a_user_message():
+    bad = '<tool_call>{"name": oops}</tool_call><tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    wire = to_wire(
+        [{"role": "assistant", "content": bad}]
+        + [{"role": "tool", "content": text} for text in ("bad", "good")],
+        HERMES,
+    )  # fmt: skip
+    assert [m["role"] for m in wire] == ["assistant", "user", "tool"]
+    assert wire[2]["tool_call_id"] == wire[0]["tool_calls"][0]["id"]
+    only_bad = to_wire([{"role": "assistant", "content": "<tool_call>{"}], HERMES)
+    assert only_bad == [{"role": "assistant", "content": "<tool_call>{"}]
+
+
+@pytest.mark.parametrize(
+    "raw", ["{", "[1]", "nonsense", '{"a": NaN}', '{"a": 1, "a": 2}', "9" * 50, "[" * 10_000, "\x00"]
+)
+def test_unreadable_arguments_reach_the_environments_parser(raw):
+    for name in ("f", "{}"):
+        (call,) = HERMES.parse(to_text("", [structured(ToolCall(name, {}), raw)], HERMES)).calls
+        assert isinstance(call, BadCall)
+
+
+def test_without_native_tools_they_are_described_in_words():
+    tool = {"type": "function", "function": {"name": "remainder", "parameters": {}}}
+    plain = to_plain([{"role": "system", "content": "S"}, {"role": "tool", "content": "1"}], [tool])
+    assert plain[0]["content"].startswith("S\n") and "remainder" in plain[0]["content"]
+    assert plain[1] == {"role": "user", "content": "<tool_response>\n1\n</tool_response>"}
+    assert to_plain([{"role": "user", "content": "u"}], [tool])[0]["role"] == "system"
+    assert to_plain([{"role": "user", "content": "u"}], []) == [{"role": "user", "content": "u"}]
+
+
+def test_lone_surrogates_can_be_sent():
+    wire = to_wire([{"role": "user", "content": "a\ud800b"}], HERMES)
+    json.dumps(wire, ensure_ascii=False).encode("utf-8")
+
+
+json_values = st.recursive(
+    leaves | st.floats(),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=6), v, max_size=3),
+)
+likely = st.fixed_dictionaries(
+    {"choices": st.lists(st.dictionaries(st.sampled_from(["message", "finish_reason"]), json_values))}
+)
+
+
+@given(st.binary(max_size=60) | (json_values | likely).map(lambda v: json.dumps(v).encode()))
+@settings(max_examples=120, deadline=None)
+def test_no_reply_can_raise(body):
+    said = read_reply(body, HERMES)
+    assert said.stop in ("stop", "length", "error:reply") and isinstance(said.text, str)
+
+
+def completion(content="hello", finish="stop", **message):
+    choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    return {"choices": [choice], "usage": {"completion_tokens": 7}}
+
+
+class Behaviour(BaseHTTPRequestHandler):
+    """A server whose manners depend on the model's name."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list = []  # noqa: RUF012
+    attempts: dict = {}  # noqa: RUF012
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.answer(
+            200,
+            {
+                "object": "list",
+                "data": [
+                    {"id": m, "object": "model", "created": 0, "owned_by": "x"} for m in self.server.models
+                ],
+            },
+        )
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        manner = body["model"]
+        self.seen.append(body)
+        self.attempts[manner] = self.attempts.get(manner, 0) + 1
+        if manner == "good":
+            self.answer(200, completion())
+        elif manner == "caller":
+            self.answer(
+                200,
+                completion(None, "tool_calls", tool_calls=[structured(ToolCall("remainder", {"number": 3}))]),
+            )
+        elif manner == "cut":
+            self.answer(200, completion("hal", "length"))
+        elif manner == "garbage":
+            self.raw(200, b"<html>")
+        elif manner == "huge":
+            self.raw(200, b'"' + b"x" * (endpoint.MAX_REPLY + 10) + b'"')
+        elif manner == "flaky" and self.attempts[manner] < 3:
+            self.answer(503, {"error": "busy"})
+        elif manner == "flaky":
+            self.answer(200, completion("at last"))
+        elif manner == "refusing":
+            self.answer(400, {"error": "no"})
+        elif manner == "hanging":
+            time.sleep(3)
+        elif manner == "trickling":
+            self.send_response(200)
+            self.send_header("content-length", "1000")
+            self.end_headers()
+            for _ in range(30):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+        self.close_connection = True
+
+    def answer(self, status, value):
+        self.raw(status, json.dumps(value).encode())
+
+    def raw(self, status, body):
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.send_header("connection", "close")
+        self.end_headers()
+        try:
+            self.wfile.write(body)
+        except OSError:  # the client had enough
+            pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    models = ("good",)
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+@contextmanager
+def serving(models=("good",)):
+    server = Server(("127.0.0.1", 0), Behaviour)
+    server.models = models
+    Behaviour.seen, Behaviour.attempts = [], {}
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(url, manner, **options):
+    options = {"retries": 0, "timeout_s": 5.0} | options
+    client = Endpoint(EndpointConfig.from_spec(f"{url}#{manner}", **options))
+    try:
+        return client.complete([{"role": "user", "content": "q"}], [], HERMES, 2**40 + 5, 64)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("manner", "stop", "text"),
+    [
+        ("good", "stop", "hello"),
+        ("caller", "stop", '<tool_call>{"name": "remainder", "arguments": {"number": 3}}</tool_call>'),
+        ("cut", "length", "hal"),
+        ("garbage", "error:reply", ""),
+        ("huge", "error:reply", ""),
+        ("refusing", "error:http_400", ""),
+        ("leaving", "error:connection", ""),
+    ],
+)
+def test_what_a_server_does_is_an_outcome(manner, stop, text):
+    with serving() as url:
+        said = ask(url, manner)
+    assert (said.stop, said.text) == (stop, text)
+    assert said.tokens == (7 if not stop.startswith("error") else 0)
+
+
+@pytest.mark.parametrize("manner", ["hanging", "trickling"])
+def test_a_slow_server_is_given_up(manner):
+    with serving() as url:
+        assert ask(url, manner, timeout_s=0.4).stop == "error:timeout"
+
+
+def test_a_busy_server_is_asked_again():
+    with serving() as url:
+        assert ask(url, "flaky", retries=3).text == "at last"
+        assert Behaviour.attempts["flaky"] == 3
+
+
+def test_nobody_there():
+    assert ask("http://127.0.0.1:9/v1", "x").stop == "error:connection"
+
+
+def test_the_request_says_how_to_sample():
+    with serving() as url:
+        ask(url, "good", params=SampleParams(temperature=0.5, top_k=7, top_p=0.9, max_new_tokens=32))
+    (body,) = Behaviour.seen
+    assert (body["temperature"], body["top_k"], body["top_p"], body["max_tokens"]) == (0.5, 7, 0.9, 32)
+    assert 0 <= body["seed"] < 2**31 and "tools" not in body
+
+
+def test_an_evaluation_survives_a_bad_server_and_says_so():
+    with serving() as url:
+        client = Endpoint(EndpointConfig.from_spec(f"{url}#refusing", retries=0))
+        player = TextPlayer(lambda: Parity(split="eval"), client, Limits(), workers=4)
+        result = evaluate(player, "parity", episodes=20)
+        client.close()
+    assert result.failures == {"error:http_400": 20} and result.marked and result.success.mean == 0
+
+
+def test_episodes_pass_through_the_environments_parser():
+    """A server that only ever calls the tool: the environment runs the calls until its turns are used up."""
+    with serving() as url:
+        client = Endpoint(EndpointConfig.from_spec(f"{url}#caller", retries=0))
+        player = TextPlayer(lambda: Parity(split="eval", max_turns=3), client, Limits(), workers=2)
+        result = evaluate(player, "parity", episodes=4)
+        client.close()
+    assert result.tool_calls.mean == 3 and result.stop_reasons == {"max_turns": 4}
+    last = max(Behaviour.seen, key=lambda body: len(body["messages"]))
+    assert [m["role"] for m in last["messages"]] == ["user", "assistant", "tool", "assistant", "tool"]
+    assert last["messages"][2]["tool_call_id"] == last["messages"][1]["tool_calls"][0]["id"]
+    assert last["tools"][0]["function"]["name"] == "remainder"
+    seeds = [body["seed"] for body in Behaviour.seen]
+    assert len(set(seeds)) == len(seeds), "every turn of every episode has a seed of its own"
+
+
+def test_the_only_model_of_a_server_needs_no_name():
+    with serving() as url:
+        assert Endpoint(EndpointConfig.from_spec(url)).name == f"{url}#good"
+    with serving(("a", "b")) as url, pytest.raises(UsageError, match="lists a, b"):
+        Endpoint(EndpointConfig.from_spec(url))
+    with pytest.raises(UsageError, match="does not answer"):
+        Endpoint(EndpointConfig.from_spec("http://127.0.0.1:9/v1", retries=0))
+    with pytest.raises(UsageError, match="http://localhost"):
+        EndpointConfig.from_spec("localhost:8000")
