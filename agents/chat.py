@@ -15,6 +15,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 Messages = Sequence[Mapping[str, Any]]
@@ -128,8 +129,9 @@ class ChatFormat:
         Raises:
             ChatFormatError: this step rewrites history (see `rewrites`); open a new segment with `opening`.
         """
-        # Where the template only appends, what follows does not depend on what went before.
-        tail = self._tail(history or _STUB if self.mode == "branch" else _STUB, messages, tools)
+        if self.mode == "append":  # what follows does not depend on what went before: see verify
+            history, tools = _STUB, ()
+        tail = self._tail(history or _STUB, messages, tools)
         if tail is None:
             raise ChatFormatError(
                 "the chat template rewrites earlier messages at this step, so the tokens so far are no prefix of "
@@ -190,25 +192,23 @@ class ChatFormat:
         tool = {"role": "tool", "content": "t", "name": "f"}
         system = {"role": "system", "content": "s"}
         openings: list[list[dict[str, Any]]] = [[user]]
-        if self._accepts([system, user]):
+        if self._accepts([system, user], 2):
             openings.append([system, user])
         candidates = [[m] * n for m in (user, tool) for n in (1, 2)]
-        follow_ups = [f for f in candidates if self._accepts([user, plain, *f])]
+        follow_ups = [f for f in candidates if self._accepts([user, plain, *f], len(f))]
+        probes = [(), _PROBE] if self._accepts([user], 1, _PROBE) else [()]
         if not follow_ups:
             raise ChatFormatError(
                 "the chat template takes neither a user nor a tool message after the assistant's"
             )
         rewriting = set()
-        for start in openings:
-            for said in (plain, thought):
-                for follow in follow_ups:
-                    once = [*start, said]
-                    twice = [*once, *follow, said]
-                    for history in (once, twice):
-                        if self._tail(history, follow, ()) is None:
-                            rewriting.add(
-                                (follow[0]["role"], "thoughts" if said is thought else "plain text")
-                            )
+        for start, said, follow in product(openings, (plain, thought), follow_ups):
+            once = [*start, said]
+            alone = self._tail(_STUB, follow, ())
+            for history, tools in product((once, [*once, *follow, said]), probes):
+                tail = self._tail(history, follow, tools)
+                if tail is None or alone is None or not _same_literals(tail[0], alone[0]):
+                    rewriting.add((follow[0]["role"], "thoughts" if said is thought else "plain text"))
         if rewriting:
             cases = ", ".join(sorted(f"{what} before a {role} message" for role, what in rewriting))
             warnings.warn(
@@ -218,14 +218,14 @@ class ChatFormat:
             )
         return "branch" if rewriting else "append"
 
-    def _accepts(self, messages: Messages) -> bool:
-        """Whether the template renders these messages with every text standing exactly once, in order."""
+    def _accepts(self, messages: Messages, last: int, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
+        """Whether the template renders these messages and ends with the texts of the last so many, in order."""
         skeleton, texts = _skeleton(messages)
         try:
-            render = self._render(skeleton, (), generate=True)
+            blocks = self._render(skeleton, tools, generate=True).blocks
         except ChatFormatError:
             return False
-        return [b for b in render.blocks if isinstance(b, int)] == list(range(len(texts)))
+        return [b for b in blocks if isinstance(b, int)][-last:] == list(range(len(texts)))[-last:]
 
     def _expect_all(self, blocks: Sequence[str | int], n_texts: int) -> None:
         found = [b for b in blocks if isinstance(b, int)]
@@ -363,6 +363,14 @@ class ChatFormat:
         return tuple(i for i in single if i not in forbidden)
 
 
+def _same_literals(a: Sequence[str | int], b: Sequence[str | int]) -> bool:
+    """Whether two renderings differ in nothing but the numbers of their placeholders."""
+    return [x for x in a if isinstance(x, str)] == [x for x in b if isinstance(x, str)] and len(a) == len(b)
+
+
+_PROBE: Sequence[Mapping[str, Any]] = (
+    {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+)
 _STUB: Messages = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from agents.engines.base import Key, Sampled, SampleParams
+from agents.engines.dense import DenseForward
 from agents.engines.plan import Fed, build_plan
 from agents.engines.recompute import recompute_turns
 from agents.engines.reference import log_prob_gap
@@ -78,8 +79,9 @@ class HFEngine:
             layers = int(model.config.get_text_config().num_hidden_layers)
             self._slots = Slots(rows, layers, self.max_context, self.device)
             self._decoding = Decoding(rows, stop_ids, self.vocab_size, self.device)
-        self.reset()
+        self._dense: DenseForward | None = None
         self.reuse = True
+        self.reset()
         self._verify()
 
     # ------------------------------------------------------------------ protocol
@@ -141,6 +143,8 @@ class HFEngine:
         with torch.inference_mode():
             self._decoding.clear()
             self._slots.clear_all()
+            if self._dense is not None:
+                self._dense.refresh()
 
     # ------------------------------------------------------------------ one forward
 
@@ -166,6 +170,8 @@ class HFEngine:
     def _forward(self, plan: Plan) -> Tensor:
         """Logits [R, V] at the plan's wanted tokens; keys and values are stored on the way."""
         self._slots.begin(plan)
+        if self._dense is not None and not torch.is_autocast_enabled(self.device.type):
+            return self._dense(plan, self._slots)
         out = self.model(
             input_ids=plan.ids_N[None],
             position_ids=plan.pos_N[None],
@@ -200,26 +206,27 @@ class HFEngine:
     # ------------------------------------------------------------------ start-up
 
     def _verify(self) -> None:
-        """Play two short turns on four rows and compare with plain forwards; fall back to recomputing if they
-        differ.
-        """
-        try:
-            gap = log_prob_gap(self)
-        except (
-            Exception
-        ) as error:  # whatever a foreign architecture does with a cache that it does not expect
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            limit = _TOLERANCE.get(next(self.model.parameters()).dtype, _COARSE)
-            reason = "" if gap <= limit else f"log-probs differ by {gap:.2g}"
-        self.reset()
-        if reason:
-            self.reuse = False
-            warnings.warn(
-                f"{type(self.model).__name__} cannot keep keys and values per episode ({reason}); every turn is "
-                f"computed anew from its first token, which costs time in proportion to the number of turns",
-                stacklevel=3,
-            )
+        """Find the fastest forward that reproduces the model's log-probs over two short turns on four rows."""
+        limit = _TOLERANCE.get(next(self.model.parameters()).dtype, _COARSE)
+        ways = [lambda: DenseForward(self.model, self.max_context)] if DenseForward.suits(self.model) else []
+        problem = ""
+        for way in (*ways, lambda: None):
+            try:
+                self._dense = way()
+                gap = log_prob_gap(self)
+            except Exception as error:  # foreign architectures fail in their own ways
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                problem = "" if gap <= limit else f"log-probs differ by {gap:.2g}"
+            self.reset()
+            if not problem:
+                return
+        self._dense, self.reuse = None, False
+        warnings.warn(
+            f"{type(self.model).__name__} cannot keep keys and values per episode ({problem}); every turn is "
+            f"computed anew from its first token, which costs time in proportion to the number of turns",
+            stacklevel=3,
+        )
 
     # ------------------------------------------------------------------ who is fed
 

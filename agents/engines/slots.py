@@ -150,8 +150,8 @@ class Slots(Cache):
             self.values[layer] = value_NHD.new_zeros(*shape, value_NHD.shape[2])
         keys, values = self.keys[layer], self.values[layer]
         flat = self._flat_index(key_NHD.shape[1])
-        keys.view(-1, keys.shape[-1]).index_copy_(0, flat, key_NHD.reshape(-1, keys.shape[-1]))
-        values.view(-1, values.shape[-1]).index_copy_(0, flat, value_NHD.reshape(-1, values.shape[-1]))
+        keys.view(-1, keys.shape[-1]).index_copy_(0, flat, key_NHD.reshape(-1, keys.shape[-1]).to(keys.dtype))
+        values.view(-1, values.shape[-1]).index_copy_(0, flat, value_NHD.reshape(-1, values.shape[-1]).to(values.dtype))
 
     def _flat_index(self, heads: int) -> Tensor:
         """Places of the plan's tokens in the flattened [rows * heads * length] memory, token-major."""
