@@ -42,10 +42,33 @@ _WHERE = {
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
-    "Actor", "Ask", "Batch", "BatchError", "Ctx", "Edit", "Job", "JudgeFailure", "Learner", "Loop", "ModelSpec",
-    "Need", "Optim", "Part", "Phase", "Recipe", "RecipeError", "RunSize", "Sampler", "Schedule", "Step", "Store",
-    "Term", "concat", "get", "slugs",
-]  # fmt: skip
+    "Actor",
+    "Ask",
+    "Batch",
+    "BatchError",
+    "Ctx",
+    "Edit",
+    "Job",
+    "JudgeFailure",
+    "Learner",
+    "Loop",
+    "ModelSpec",
+    "Need",
+    "Optim",
+    "Part",
+    "Phase",
+    "Recipe",
+    "RecipeError",
+    "RunSize",
+    "Sampler",
+    "Schedule",
+    "Step",
+    "Store",
+    "Term",
+    "concat",
+    "get",
+    "slugs",
+]
 
 
 def __getattr__(name: str) -> Any:

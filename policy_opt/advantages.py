@@ -7,16 +7,15 @@ and do not count again in the group's statistics.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from policy_opt.bank import CRITIC, ModelSpec
-from policy_opt.batch import Batch
-from policy_opt.need import VALUES_OLD, Need
+from policy_opt.bank import WITH_CRITIC
+from policy_opt.batch import Batch, floating
+from policy_opt.need import VALUES_OLD
 from policy_opt.part import Ctx, Part
 
 
@@ -46,16 +45,11 @@ def groups(b: Batch, unit: str = "group_B") -> Groups:
     reward_B = floating(b["reward_B"])
     once_B = b.once().to(reward_B.dtype) if b.branched else None
     size_Q = torch.bincount(index_B, once_B, minlength=count).to(reward_B.dtype)
-    # Subtracting one member's reward first makes equal rewards exactly 0 and loses no digits to a large offset.
+    # Subtracting one member's reward first makes equal rewards exactly 0, and loses no digits to an offset.
     first_Q = torch.empty_like(size_Q).index_copy_(0, index_B, reward_B)
     shifted_B = reward_B - first_Q[index_B]
     found = Groups(index_B, size_Q, reward_B, shifted_B, once_B)
     return found._replace(centred_B=shifted_B - (found.sums(shifted_B) / size_Q)[index_B])
-
-
-def floating(value: Tensor) -> Tensor:
-    """Integers as the default float type, floats as they are."""
-    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 
 _ROW = frozenset({"reward_B", "group_B"})
@@ -78,13 +72,8 @@ class GroupNorm(Part):
         if self.ddof not in (0, 1) or self.eps < 0:
             raise ValueError(f"ddof is 0 or 1 and eps >= 0, not {self.ddof}, {self.eps}")
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return _ROW
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"adv_B"})
+    reads = _ROW
+    writes = frozenset({"adv_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         g = groups(b)
@@ -102,13 +91,8 @@ class GroupCentre(Part):
 
     stage: ClassVar[str] = "advantage"
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return _ROW
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"adv_B"})
+    reads = _ROW
+    writes = frozenset({"adv_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         return b.put(adv_B=groups(b).centred_B)
@@ -123,13 +107,8 @@ class LeaveOneOut(Part):
 
     stage: ClassVar[str] = "advantage"
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return _ROW
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"adv_B"})
+    reads = _ROW
+    writes = frozenset({"adv_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         g = groups(b)
@@ -153,21 +132,10 @@ class GAE(Part):
     lam: float = 0.95
     """lambda: 1 is Monte Carlo, 0 the one-step error."""
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return (VALUES_OLD,)
-
-    @property
-    def models(self) -> Mapping[str, ModelSpec]:
-        return {"critic": CRITIC}
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"token_reward_BT"})
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"adv_BT", "returns_BT"})
+    needs = (VALUES_OLD,)
+    models = WITH_CRITIC
+    reads = frozenset({"token_reward_BT"})
+    writes = frozenset({"adv_BT", "returns_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         value_BT = torch.where(b.mask_BT, b["values_old_BT"], 0)
@@ -191,13 +159,8 @@ class RewardToGo(Part):
     gamma: float = 1.0
     """Discount per policy token."""
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"token_reward_BT"})
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"adv_BT"})
+    reads = frozenset({"token_reward_BT"})
+    writes = frozenset({"adv_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         mask_TB, reward_TB = b.mask_BT.T, b["token_reward_BT"].T
@@ -219,13 +182,8 @@ class Whiten(Part):
     stage: ClassVar[str] = "advantage"
     eps: float = 1e-8
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"adv"})
-
-    @property
-    def overwrites(self) -> frozenset[str]:
-        return frozenset({"adv"})
+    reads = frozenset({"adv"})
+    overwrites = frozenset({"adv"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         name = "adv_BT" if "adv_BT" in b else "adv_B"

@@ -54,7 +54,7 @@ class SequenceMean(Part):
 
 @dataclass(frozen=True)
 class SequenceSum(Part):
-    """Sum over a row's tokens, then mean over all rows, empty ones included (REINFORCE on whole sequences)."""
+    """Sum over a row's tokens, then mean over all rows, empty ones included (REINFORCE on sequences)."""
 
     stage: ClassVar[str] = "agg"
 

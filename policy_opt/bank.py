@@ -55,3 +55,8 @@ class ModelSpec:
 REFERENCE = ModelSpec("copy")
 """The policy as it stood before training, frozen."""
 CRITIC = ModelSpec("critic", optimizer=Optim())
+"""A value head, stepped with the policy."""
+WITH_REFERENCE = {"ref": REFERENCE}
+"""The models of a part that needs log-probs of the reference."""
+WITH_CRITIC = {"critic": CRITIC}
+"""The models of a part that needs values."""

@@ -42,6 +42,11 @@ def spellings(name: str) -> tuple[str, ...]:
     return (f"{name}_BT", f"{name}_B") if is_stem(name) else (name,)
 
 
+def floating(value: Tensor) -> Tensor:
+    """Integers and truth values as the default float type, floats as they are."""
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
 @dataclass(frozen=True)
 class Batch:
     """B rows (trajectories, or segments of them) of T token positions, padded on the right."""
@@ -83,7 +88,7 @@ class Batch:
 
     @classmethod
     def build(cls, *, mask_BT: Any, group_B: Any, **columns: Any) -> Batch:
-        """A batch from whatever is at hand; what is not given gets its neutral value (task = group, version 0).
+        """A batch from what is at hand; what is not given gets its neutral value (task = group, version 0).
 
         Columns may be tensors or nested lists; masks become bool, units int64.
         """

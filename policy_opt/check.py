@@ -46,6 +46,11 @@ class _Flow:
 
     def follow(self) -> None:
         recipe = self.recipe
+        for path, part in recipe.parts:
+            try:
+                part.check()
+            except ValueError as error:
+                raise self.fail(f"{path}: {error}") from None
         for need in recipe.needs:
             self.need(need)
         staged = [(path, part) for path, part in recipe.parts if part.stage in STAGES]

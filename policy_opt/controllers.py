@@ -29,7 +29,7 @@ class Annealed(Part):
 
 @dataclass(frozen=True)
 class Dual(Part):
-    """A multiplier >= 0 that grows while a metric is above its target: lambda <- clip(lambda + rate (metric - target)).
+    """A multiplier that grows while a metric is above target: lambda <- lambda + rate (metric - target).
 
     With of="kl_ref" it is an adaptive KL coefficient, with a constraint's value a Lagrange multiplier.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from policy_opt.batch import Batch
-from policy_opt.need import LOGP_OLD, Need
+from policy_opt.need import LOGP_OLD
 from policy_opt.part import Ctx, Part
 from policy_opt.surrogates import ratio
 
@@ -33,8 +33,8 @@ def weigh(b: Batch, weight: Tensor) -> Batch:
 
 
 @dataclass(frozen=True)
-class TruncatedImportance(Part):
-    """w = min(pi_old / sampler, cap): corrects for a sampler whose log-probs are not the trainer's ("TIS")."""
+class TIS(Part):
+    """Truncated importance sampling: w = min(pi_old / sampler, cap), for a sampler that is not pi_old."""
 
     stage: ClassVar[str] = "credit"
     cap: float = 2.0
@@ -45,9 +45,7 @@ class TruncatedImportance(Part):
         if self.cap <= 0:
             raise ValueError(f"cap must be positive, not {self.cap}")
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return (LOGP_OLD,)
+    needs = (LOGP_OLD,)
 
     @property
     def overwrites(self) -> frozenset[str]:
@@ -60,8 +58,8 @@ class TruncatedImportance(Part):
 
 
 @dataclass(frozen=True)
-class MaskedImportance(Part):
-    """w = pi_old / sampler where it lies in [low, high], else 0: drops what the sampler misjudged ("MIS").
+class MIS(Part):
+    """Masked importance sampling: w = pi_old / sampler where it lies in [low, high], else 0.
 
     Dropped tokens stay in the denominators.
     """
@@ -71,13 +69,11 @@ class MaskedImportance(Part):
     high: float = 2.0
     level: Level = "token"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if not 0 <= self.low <= self.high:
             raise ValueError(f"0 <= low <= high, not {self.low}, {self.high}")
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return (LOGP_OLD,)
+    needs = (LOGP_OLD,)
 
     @property
     def overwrites(self) -> frozenset[str]:
@@ -96,13 +92,8 @@ class MaskTruncated(Part):
 
     stage: ClassVar[str] = "credit"
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"truncated_B"})
-
-    @property
-    def overwrites(self) -> frozenset[str]:
-        return frozenset({"mask_BT"})
+    reads = frozenset({"truncated_B"})
+    overwrites = frozenset({"mask_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         return b.silence(b["truncated_B"] == 0)

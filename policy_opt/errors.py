@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot run: unknown part or option, incompatible reads and writes, a need nobody serves."""
+    """A recipe that cannot run: unknown part or option, parts that do not fit, a need that nobody serves."""
 
 
 class BatchError(ValueError):

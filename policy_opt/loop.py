@@ -16,6 +16,7 @@ import torch
 from policy_opt import metrics
 from policy_opt.batch import Batch, concat
 from policy_opt.errors import BatchError, RecipeError
+from policy_opt.need import LOGP_OLD
 from policy_opt.part import Ctx, run
 from policy_opt.protocols import Actor, Job, Learner
 from policy_opt.recipe import STAGES, Recipe
@@ -67,11 +68,12 @@ class Loop:
     # -- stages -------------------------------------------------------------------------------------------
 
     def prepare(self) -> tuple[Recipe, str, int, tuple[str, ...]]:
-        """Build the models of the phase that the run is in: (recipe, name of the phase, its first step, syncs).
+        """Build the models of the phase that the run is in: (its recipe, name, first step, syncs).
 
         Called by every iteration; a trainer calls it before it loads the bank's weights from a checkpoint.
         """
-        name, recipe, start, sync = "", self.recipe, 0, ()
+        name, recipe, start = "", self.recipe, 0
+        sync: tuple[str, ...] = ()
         for phase in self.recipe.phases:
             name, recipe, sync = phase.name, phase.recipe, phase.sync
             if phase.iterations is None or self.step < start + phase.iterations:
@@ -91,6 +93,7 @@ class Loop:
         ctx = Ctx(
             step=self.step,
             seed=self.size.seed,
+            tasks=self.size.tasks,
             recipe=recipe.slug,
             lr=self.learner.lr,
             states=self.states.setdefault(name, {}),
@@ -147,7 +150,8 @@ class Loop:
 
     def update(self, recipe: Recipe, fresh: Batch, ctx: Ctx) -> Batch:
         """The schedule's optimizer steps; returns the fresh batch with what they added."""
-        steps = []
+        steps: list[dict[str, float]] = []
+        gap = 0.0
         timely = [(path, part) for path, part in recipe.parts if part.stage in STAGES and part.when == "step"]
         for number, step in enumerate(recipe.schedule.steps):
             b = step.source.draw(fresh, ctx)
@@ -162,14 +166,17 @@ class Loop:
                 some = b if rows_R.numel() == b.B else b.rows(rows_R)
                 if not some.mask_BT.any():
                     continue
+                unmoved = self.learner.version == known.version
                 taken = optimize(terms, timely, some, ctx, known, step.lr_scale)
+                if unmoved and "logp_BT" in taken.streams:
+                    gap = max(gap, metrics.logp_gap(taken.streams["logp_BT"], taken.batch))
                 steps.append({**taken.numbers, **metrics.of_step(taken.loss, taken.streams, taken.batch)})
                 self.after_step(recipe, taken.batch, steps[-1], ctx)
                 if known.deferred:
                     fresh = taken.batch
         ctx.metrics |= metrics.over_steps(steps)
         ctx.log("optimizer_steps", len(steps))
-        ctx.log("logp_gap", metrics.logp_gap(fresh))
+        ctx.log("logp_gap", metrics.logp_gap(fresh["logp_old_BT"], fresh) if "logp_old_BT" in fresh else gap)
         return fresh
 
     def complete(self, b: Batch, parts: tuple[Any, ...], known: Known, ctx: Ctx) -> Batch:
@@ -188,7 +195,7 @@ class Loop:
                 self.learner.sync(name, spec.ema)
 
     def observe(self, recipe: Recipe, b: Batch, ctx: Ctx) -> None:
-        """Parts that keep state write it; models that follow the policy at intervals take over its weights."""
+        """Parts that keep state write it; models that follow the policy at intervals take its weights."""
         for _, part in recipe.parts:
             part.observe(b, ctx)
         for name, spec in recipe.models.items():
@@ -224,7 +231,8 @@ def deferred(recipe: Recipe) -> dict[str, str]:
         return {}
     early = {n.name for stage in STAGES for part in getattr(recipe, stage) for n in part.needs}
     live = {need.quantity: need.name for need in recipe.needs if need.when == "loss"}
-    waiting = [n for n in recipe.needs if n.when == "rollout" and n.quantity in live and n.name not in early]
+    wanted = (*recipe.needs, LOGP_OLD)
+    waiting = [n for n in wanted if n.when == "rollout" and n.quantity in live and n.name not in early]
     return {need.name: live[need.quantity] for need in waiting}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from policy_opt.batch import Batch
+from policy_opt.batch import Batch, floating
 from policy_opt.surrogates import ratio
 from policy_opt.terms import Loss, masked, reports
 
@@ -19,12 +19,12 @@ def over_mask(value: Tensor, b: Batch) -> float:
     if value.ndim == 1:
         some_B = b.mask_BT.any(1)
         return float((value * some_B).sum() / some_B.sum().clamp(min=1))
-    return float(torch.where(b.mask_BT, value.double(), 0.0).sum() / b.mask_BT.sum().clamp(min=1))
+    return float(torch.where(b.mask_BT, floating(value), 0.0).sum() / b.mask_BT.sum().clamp(min=1))
 
 
 @torch.no_grad()
 def of_step(loss: Loss, streams: Mapping[str, Tensor], b: Batch) -> dict[str, float]:
-    """Numbers of one optimizer step: loss, terms, entropy, kl (old to new, k3), ratio_max, kl_ref, clip_frac."""
+    """Numbers of one optimizer step: loss, terms, entropy, kl (old to new, k3), ratio_max, kl_ref, ..."""
     values = loss.values(streams, b)
     found = {"loss": float(sum(f * v for f, v in zip(loss.factors, values, strict=True)))}
     if len(values) > 1:
@@ -51,11 +51,9 @@ def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def logp_gap(b: Batch) -> float:
-    """max |logp_old - logp_sampler| on the mask: the alarm for a sampler that is not the policy."""
-    if "logp_old_BT" not in b or not b.mask_BT.any():
-        return 0.0
-    return float(masked((b["logp_old_BT"] - b.logp_sampler_BT).abs(), b).max())
+def logp_gap(logp_BT: Tensor, b: Batch) -> float:
+    """max |logp - logp_sampler| on the mask: the alarm for a sampler that is not the policy."""
+    return float(masked((logp_BT - b.logp_sampler_BT).abs(), b).max())
 
 
 def of_rollout(b: Batch) -> dict[str, float]:
@@ -63,11 +61,12 @@ def of_rollout(b: Batch) -> dict[str, float]:
     found = {"rows": float(b.B), "tokens": float(b.mask_BT.sum())}
     for name in ("reward", "correct", "length", "truncated"):
         if f"{name}_B" in b:
-            found[name] = float(b[f"{name}_B"].double().mean())
+            found[name] = float(floating(b[f"{name}_B"]).mean())
     index_B, count = b.index()
-    reward_B = b["reward_B"].double()
-    first_Q = torch.empty(count, dtype=torch.double, device=reward_B.device).index_copy_(0, index_B, reward_B)
-    differs_B = (reward_B != first_Q[index_B]).long()
-    differs_Q = torch.zeros(count, dtype=torch.long, device=reward_B.device).index_add_(0, index_B, differs_B)
-    found["zero_variance_groups"] = float((differs_Q == 0).double().mean())
+    first_Q = b["reward_B"].new_empty(count).index_copy_(0, index_B, b["reward_B"])
+    differs_B = (b["reward_B"] != first_Q[index_B]).long()
+    differs_Q = torch.zeros(count, dtype=torch.long, device=differs_B.device).index_add_(
+        0, index_B, differs_B
+    )
+    found["zero_variance_groups"] = float((differs_Q == 0).sum()) / count
     return found

@@ -97,7 +97,7 @@ class OtherPrompt:
 
 @dataclass(frozen=True)
 class Probe:
-    """The row's text up to each turn's end with `text` appended; entries speak of the probe's tokens: [B, T]."""
+    """The row's text up to each turn's end with `text` appended; entries speak of the probe's tokens."""
 
     text: str
 

@@ -74,6 +74,9 @@ class Part:
         """Models of the bank that its needs name."""
         return {}
 
+    def check(self) -> None:
+        """ValueError where its options contradict each other; called by the recipe's check."""
+
     def after_step(self, b: Batch, ctx: Ctx) -> None:
         """Called after every optimizer step with that step's mini-batch and streams."""
 
@@ -95,12 +98,14 @@ def walk(value: Any, path: str) -> Iterator[tuple[str, Part]]:
 
 @dataclass
 class Ctx:
-    """What a part may know besides the batch: where the run stands, random streams, its own state, the actor."""
+    """What a part may know besides the batch: where the run stands, random streams, its state, the actor."""
 
     step: int = 0
     """Iteration, from 0."""
     seed: int = 0
     """Seed of the run."""
+    tasks: int = 0
+    """Size of the pool of tasks."""
     recipe: str = "?"
     """Slug, for messages."""
     lr: float = 0.0
@@ -133,7 +138,7 @@ class Ctx:
 
 
 def run(path: str, part: Any, b: Batch, ctx: Ctx) -> Batch:
-    """A part's call; BatchError names recipe and part, also where it wrote a column that it does not declare."""
+    """A part's call; BatchError names recipe and part, also where it wrote an undeclared column."""
     try:
         found = part(b, ctx)
     except BatchError as error:

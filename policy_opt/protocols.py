@@ -122,7 +122,7 @@ class Learner(Protocol):
     def prepare(
         self, models: Mapping[str, ModelSpec], needs: Sequence[Need], optimizer: Optim | None
     ) -> None:
-        """Build the bank's models (those not built yet) and refuse, by RecipeError, a need that cannot be served.
+        """Build the bank's models that are not there yet; RecipeError for a need that cannot be served.
 
         Called before the first rollout of each phase. `optimizer` is the recipe's wish for the policy, None:
         yours.
@@ -130,11 +130,11 @@ class Learner(Protocol):
         ...
 
     def score(self, b: Batch, needs: Sequence[Need]) -> Mapping[str, Tensor]:
-        """The needs by name, whole batch, no gradient: [B, T] (or with a further axis), 0 outside need.where."""
+        """The needs by name, whole batch, no gradient: [B, T] (or a further axis), 0 outside need.where."""
         ...
 
     def backward(self, b: Batch, needs: Sequence[Need], pull: Pull) -> Mapping[str, Tensor]:
-        """Accumulate the gradient of sum(cotangent * stream) over all rows; return the streams of all rows, detached.
+        """Accumulate the gradient of sum(cotangent * stream) over all rows; return all streams, detached.
 
         For each micro-batch of whole rows: forward with gradient, cotangents = pull(rows, streams.detach()),
         then sum(cotangent * stream).backward(). Every row is pulled exactly once over all processes;

@@ -126,8 +126,9 @@ class Recipe:
         for path, part in self.parts:
             for need in part.needs:
                 if found.setdefault(need.name, need) != need:
+                    other = found[need.name]
                     raise RecipeError(
-                        f"{self.slug}: {path} needs `{need.name}` as {need}, another part as {found[need.name]}"
+                        f"{self.slug}: {path} needs `{need.name}` as {need}, another part as {other}"
                     )
         found.setdefault(ENTROPY.name, ENTROPY)
         return tuple(found.values())

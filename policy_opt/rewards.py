@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policy_opt.advantages import floating
-from policy_opt.bank import REFERENCE, ModelSpec
-from policy_opt.batch import Batch
+from policy_opt.bank import WITH_REFERENCE, ModelSpec
+from policy_opt.batch import Batch, floating
 from policy_opt.need import LOGP_OLD, LOGP_REF, Need
 from policy_opt.part import Ctx, Part
 
@@ -24,7 +23,7 @@ def last_BT(mask_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenReward(Part):
-    """r_t = R [t is the row's last policy token] - kl_beta (logp_old - logp_ref): a reward for every policy token.
+    """r_t = R [t is the row's last policy token] - kl_beta (logp_old - logp_ref), for every policy token.
 
     The KL is the k1 estimator, a constant in the reward and not differentiated.
     """
@@ -39,15 +38,10 @@ class TokenReward(Part):
 
     @property
     def models(self) -> Mapping[str, ModelSpec]:
-        return {"ref": REFERENCE} if self.kl_beta else {}
+        return WITH_REFERENCE if self.kl_beta else {}
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"reward_B"})
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"token_reward_BT"})
+    reads = frozenset({"reward_B"})
+    writes = frozenset({"token_reward_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         reward_BT = floating(b["reward_B"])[:, None] * last_BT(b.mask_BT)
@@ -72,15 +66,10 @@ class KLPenalty(Part):
 
     @property
     def models(self) -> Mapping[str, ModelSpec]:
-        return {"ref": REFERENCE} if self.kl_beta else {}
+        return WITH_REFERENCE if self.kl_beta else {}
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"reward_B"})
-
-    @property
-    def overwrites(self) -> frozenset[str]:
-        return frozenset({"reward_B"})
+    reads = frozenset({"reward_B"})
+    overwrites = frozenset({"reward_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         if not self.kl_beta:
@@ -91,7 +80,7 @@ class KLPenalty(Part):
 
 @dataclass(frozen=True)
 class Overlong(Part):
-    """DAPO's soft penalty on length: 0 up to L_max - L_cache, then falling linearly to -1 at L_max, times factor.
+    """DAPO's soft penalty on length: 0 up to L_max - L_cache, falling linearly to -1 at L_max, times factor.
 
     arXiv 2503.14476, Eq. 13, with the floor at -1 beyond L_max.
     """
@@ -105,21 +94,13 @@ class Overlong(Part):
     length_of: Literal["generated", "all"] = "generated"
     """generated: the policy's tokens (length_B); all: every token from the policy's first one on."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.cache_len <= self.max_len:
-            raise ValueError(f"0 < cache_len <= max_len, not {self.cache_len}, {self.max_len}")
+    def check(self) -> None:
+        if not 0 <= self.cache_len <= self.max_len:
+            raise ValueError(f"0 <= cache_len <= max_len, not {self.cache_len}, {self.max_len}")
 
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"reward_B", "length_B"})
-
-    @property
-    def writes(self) -> frozenset[str]:
-        return frozenset({"overlong_B"})
-
-    @property
-    def overwrites(self) -> frozenset[str]:
-        return frozenset({"reward_B"})
+    reads = frozenset({"reward_B", "length_B"})
+    writes = frozenset({"overlong_B"})
+    overwrites = frozenset({"reward_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         if self.length_of == "generated":
@@ -127,6 +108,7 @@ class Overlong(Part):
         else:
             length_B = ((b.mask_BT.cumsum(1) > 0) & b.real_BT).sum(1)
         reward_B = floating(b["reward_B"])
-        over_B = (self.max_len - self.cache_len - length_B.to(reward_B.dtype)) / self.cache_len
-        penalty_B = self.factor * over_B.clamp(-1, 0)
+        room_B = self.max_len - self.cache_len - length_B.to(reward_B.dtype)
+        # Without a cache the fall is a step: any token beyond L_max costs the whole penalty.
+        penalty_B = self.factor * (room_B / max(self.cache_len, 1e-9)).clamp(-1, 0)
         return b.put(overlong_B=penalty_B).over(reward_B=reward_B + penalty_B)

@@ -68,6 +68,6 @@ class Schedule:
                 splits.append(torch.arange(b.B, device=index_B.device))
                 continue
             order = torch.randperm(count, generator=ctx.generator("minibatch", ctx.step, number, epoch))
-            for units in order.to(index_B.device).chunk(min(step.minibatches, count)):
+            for units in order.to(index_B.device).tensor_split(min(step.minibatches, count)):
                 splits.append(torch.isin(index_B, units).nonzero().squeeze(1))
         return splits

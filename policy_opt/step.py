@@ -57,8 +57,8 @@ def check_finite(values: Mapping[str, Tensor], b: Batch, recipe: str) -> None:
         if bad.any():
             where = tuple(bad.nonzero()[0].tolist())
             raise BatchError(
-                f"{recipe}: `{name}` of shape {tuple(value.shape)} is {float(value[where])} at {where}, on a token "
-                f"that is trained on; sampler and trainer disagree on what may be sampled, or weights are broken"
+                f"{recipe}: `{name}` of shape {tuple(value.shape)} is {float(value[where])} at {where}, on a "
+                "token that is trained on; sampler and trainer ban different tokens, or weights are broken"
             )
 
 
@@ -131,7 +131,7 @@ def _pull_rows(loss: Loss, needs: Sequence[Need], known: Known) -> Pull:
 
 
 def _pull_whole(loss: Loss, needs: Sequence[Need], known: Known, ctx: Ctx) -> Pull:
-    """Cotangents of the whole mini-batch, from columns where the weights have not moved, else by a forward."""
+    """Cotangents of the whole mini-batch: from columns while weights have not moved, else by a forward."""
     assert ctx.learner is not None
     b, still = loss.batch, ctx.learner.version == known.version
     streams = {n.name: b[known.columns[n.quantity]] for n in needs if still and n.quantity in known.columns}

@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from policy_opt.bank import CRITIC, REFERENCE, ModelSpec
+from policy_opt.bank import WITH_CRITIC, WITH_REFERENCE
 from policy_opt.batch import Batch
-from policy_opt.need import ENTROPY, LOGP, LOGP_OLD, LOGP_REF, VALUES, VALUES_OLD, Need
+from policy_opt.need import ENTROPY, LOGP, LOGP_OLD, LOGP_REF, VALUES, VALUES_OLD
 from policy_opt.part import Part
 
 Streams = Mapping[str, Tensor]
@@ -81,13 +81,8 @@ class Clip(Part):
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ValueError(f"dual_clip must be above 1 (or None), not {self.dual_clip}")
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return LOGP, LOGP_OLD
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"adv"})
+    needs = LOGP, LOGP_OLD
+    reads = frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
@@ -107,7 +102,7 @@ class Clip(Part):
 
 @dataclass(frozen=True)
 class SequenceClip(Part):
-    """GSPO: one length-normalised ratio per row, s = exp(mean_t log rho), clipped; a clipped row has no gradient.
+    """GSPO: one length-normalised ratio per row, s = exp(mean_t log rho); a clipped row has no gradient.
 
     Zheng et al. 2025, arXiv 2507.18071.
     """
@@ -123,13 +118,8 @@ class SequenceClip(Part):
     def __post_init__(self) -> None:
         check_widths(self.clip_low, self.clip_high)
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return LOGP, LOGP_OLD
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"adv_B"})
+    needs = LOGP, LOGP_OLD
+    reads = frozenset({"adv_B"})
 
     def rho(self, s: Streams, b: Batch) -> Tensor:
         """The row's ratio, 1 for a row without tokens: [B]."""
@@ -159,13 +149,8 @@ class SequenceTokenClip(Part):
     def __post_init__(self) -> None:
         check_widths(self.clip_low, self.clip_high)
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return LOGP, LOGP_OLD
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"adv"})
+    needs = LOGP, LOGP_OLD
+    reads = frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         value_B1 = mean_log_ratio(s, b).detach()[:, None]
@@ -199,13 +184,8 @@ class CappedWeight(Part):
     def __post_init__(self) -> None:
         check_widths(self.clip_low, self.clip_high)
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return LOGP, LOGP_OLD
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"adv"})
+    needs = LOGP, LOGP_OLD
+    reads = frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         weight_BT = ratio(log_ratio(s, b).detach()).clamp(1 - self.clip_low, 1 + self.clip_high)
@@ -225,13 +205,8 @@ class Reinforce(Part):
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return (LOGP,)
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"adv"})
+    needs = (LOGP,)
+    reads = frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         return -b.per_token("adv") * s["logp_BT"]
@@ -245,9 +220,7 @@ class Imitate(Part):
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return (LOGP,)
+    needs = (LOGP,)
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         return -s["logp_BT"]
@@ -261,13 +234,8 @@ class K3(Part):
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return LOGP, LOGP_REF
-
-    @property
-    def models(self) -> Mapping[str, ModelSpec]:
-        return {"ref": REFERENCE}
+    needs = LOGP, LOGP_REF
+    models = WITH_REFERENCE
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         x_BT = (b["logp_ref_BT"] - s["logp_BT"]).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -282,9 +250,7 @@ class NegativeEntropy(Part):
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return (ENTROPY,)
+    needs = (ENTROPY,)
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         return -s["entropy_BT"]
@@ -300,17 +266,9 @@ class ClippedValue(Part):
     value_clip: float = 0.2
     """eps_v, in units of the return."""
 
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        return VALUES, VALUES_OLD
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return frozenset({"returns_BT"})
-
-    @property
-    def models(self) -> Mapping[str, ModelSpec]:
-        return {"critic": CRITIC}
+    needs = VALUES, VALUES_OLD
+    reads = frozenset({"returns_BT"})
+    models = WITH_CRITIC
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         value_BT, old_BT, goal_BT = s["values_BT"], b["values_old_BT"], b["returns_BT"]

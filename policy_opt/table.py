@@ -35,6 +35,8 @@ from policy_opt.need import (
 from policy_opt.part import Ctx
 from policy_opt.protocols import Ask, Job, JudgeFailure, Pull
 
+_SAME = Same()
+
 
 @dataclass(frozen=True)
 class World:
@@ -181,7 +183,7 @@ class TableLearner:
         assert isinstance(what, Hidden)
         return logp_BTV
 
-    def look(self, model: str, b: Batch, view: View = Same()) -> Tensor:
+    def look(self, model: str, b: Batch, view: View = _SAME) -> Tensor:
         """Entries of a model's table for every position of b: [B, T] or [B, T, vocab]."""
         at_T = torch.arange(b.T).clamp(max=self.world.width - 1)
         row_B = b["task_B"]
@@ -277,7 +279,7 @@ class TableActor:
 
 
 def episodes(world: World, learner: TableLearner, per_task: int = 8) -> Iterator[Batch]:
-    """Fresh episodes of every task, for measuring a policy (groups with negative ids never meet training's)."""
+    """Fresh episodes of every task, for measuring a policy; group ids are negative, unlike training's."""
     actor = TableActor(world, learner)
     for task in range(world.tasks):
         yield actor.play([Job(task, -1 - task, member) for member in range(per_task)])

@@ -104,8 +104,8 @@ class Term:
         shapes = {"BT": (b.B, b.T), "B": (b.B,), "": ()}
         if tuple(loss.shape) != shapes[self.loss.gives]:
             raise BatchError(
-                f"surrogate {type(self.loss).__name__} of term `{self.name}` returned shape {tuple(loss.shape)}, "
-                f"expected {shapes[self.loss.gives]}"
+                f"surrogate {type(self.loss).__name__} of term `{self.name}` returned shape "
+                f"{tuple(loss.shape)}, expected {shapes[self.loss.gives]}"
             )
         return loss if self.loss.gives == "" else (c[0 if self.loss.gives == "BT" else 1] * loss).sum()
 

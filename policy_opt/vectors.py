@@ -1,0 +1,192 @@
+"""How a file of golden numbers maps to a recipe: params to options, inputs to columns, outputs to results.
+
+The mapping stands in the recipe's own file; everything usual is here. Nothing is computed here: a Trace runs
+the recipe's own parts and its loss, and reads off what they gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from policy_opt.batch import Batch
+from policy_opt.errors import RecipeError, unknown
+from policy_opt.part import Ctx, Part, run
+from policy_opt.terms import Loss, reports
+
+if TYPE_CHECKING:
+    from policy_opt.recipe import Recipe
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "mask": ("mask_BT",),
+    "group": ("group_B",),
+    "rewards": ("reward_B", "correct_B"),
+    "base_rewards": ("reward_B", "correct_B"),
+    "response_lengths": ("length_B",),
+    "tool_calls": ("tool_calls_B",),
+    "logp_old": ("logp_old_BT",),
+    "logp_ref": ("logp_ref_BT",),
+    "values_old": ("values_old_BT",),
+    "token_advantages": ("adv_BT",),
+}
+"""Inputs and the columns that they fill."""
+STREAMS = {"logp_new": "logp_BT", "values_new": "values_BT", "entropy": "entropy_BT"}
+"""Inputs that are differentiated."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The mapping of one method's vector file."""
+
+    method: str = ""
+    """The file's `method`; empty: the recipe's slug. Several recipes may share a file."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Param -> path of an option, tuple of paths (empty: it means nothing to this recipe), or function
+    (recipe, value) -> recipe. Applied in this order."""
+    outputs: Mapping[str, Callable[[Trace], Any]] = field(default_factory=dict)
+    """Outputs beside, or instead of, the usual ones."""
+    stages: tuple[str, ...] = ("reward", "advantage", "credit")
+    """Stages that are run."""
+    prime: Callable[[Trace], None] | None = None
+    """Puts a case's stored state where the recipe keeps it."""
+
+
+def aggregation(recipe: Recipe, name: str) -> Recipe:
+    """The param loss_agg: every term's aggregation, by its usual name."""
+    from policy_opt.aggregate import SequenceMean, TokenMean
+
+    known: dict[str, Any] = {"seq-mean-token-mean": SequenceMean(), "token-mean": TokenMean()}
+    if name not in known:
+        raise RecipeError(f"{recipe.slug}: loss_agg {name!r} is none of {', '.join(known)}")
+    return recipe.replace(terms=tuple(dataclasses.replace(term, agg=known[name]) for term in recipe.terms))
+
+
+def configure(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
+    """The recipe with a case's params; RecipeError on one that it does not know."""
+    from policy_opt.options import assign
+
+    mapping = (recipe.vectors or Vectors()).params
+    strange = params.keys() - mapping.keys()
+    if strange:
+        raise RecipeError(f"{recipe.slug}: {unknown('param', min(strange), mapping)}")
+    for name, target in mapping.items():
+        if name not in params:
+            continue
+        value = params[name]
+        if callable(target):
+            recipe = target(recipe, value)
+        else:
+            for path in (target,) if isinstance(target, str) else target:
+                recipe = assign(recipe, path, value)
+    return recipe
+
+
+class Trace:
+    """One case driven through a recipe: the batch after every part, the loss, its gradients."""
+
+    def __init__(self, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+        vectors = recipe.vectors or Vectors()
+        self.recipe, self.inputs = recipe, inputs
+        self.ids = list(dict.fromkeys(inputs.get("group", [0])))
+        self.ctx = Ctx(recipe=recipe.slug, paths={id(part): path for path, part in recipe.parts})
+        self.streams = {
+            stream: torch.tensor(inputs[name], dtype=torch.float64)
+            for name, stream in STREAMS.items()
+            if inputs.get(name) is not None
+        }
+        if vectors.prime:
+            vectors.prime(self)
+        self.after_part: list[tuple[Part, Batch]] = []
+        self.batch = self.start()
+        for stage in vectors.stages:
+            for i, part in enumerate(getattr(recipe, stage)):
+                self.batch = run(f"{stage}.{i}", part, self.batch, self.ctx)
+                self.after_part.append((part, self.batch))
+        self.keep_B = recipe.curriculum.screen(self.batch, self.ctx)
+        self.batch = self.batch.silence(self.keep_B)
+        for _, part in recipe.parts:
+            part.observe(self.batch, self.ctx)
+
+    def start(self) -> Batch:
+        """The case's inputs as a batch, in float64; group ids of any kind become numbers."""
+        columns: dict[str, Tensor] = {}
+        for name, value in self.inputs.items():
+            for column in COLUMNS.get(name, ()) if value is not None else ():
+                if column == "group_B":
+                    columns[column] = torch.tensor([self.ids.index(g) for g in value])
+                else:
+                    columns[column] = torch.tensor(value, dtype=torch.float64)
+        rows = len(next(iter(columns.values())))
+        columns.setdefault("mask_BT", torch.ones(rows, 1))
+        columns.setdefault("group_B", torch.zeros(rows, dtype=torch.long))
+        if "correct_B" in columns:
+            columns["correct_B"] = (columns["correct_B"] > 0.5).double()
+        none_BT = torch.zeros_like(columns["mask_BT"], dtype=torch.float64)
+        return Batch.build(**columns, logp_sampler_BT=none_BT)
+
+    # -- what was computed --------------------------------------------------------------------------------
+
+    def __getitem__(self, column: str) -> Tensor:
+        return self.batch[column]
+
+    def after(self, kind: type[Part]) -> Batch:
+        """The batch as a part of this kind left it."""
+        return next(b for part, b in self.after_part if isinstance(part, kind))
+
+    @cached_property
+    def total(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, its gradients by stream)."""
+        return Loss.of(self.recipe.terms, self.batch, self.ctx, torch.float64).cotangents(
+            self.streams, self.batch
+        )
+
+    def term(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """(value, gradients) of one term without its coefficient, on or off; 0 where its columns are not
+        there.
+        """
+        (term,) = [t for t in self.recipe.terms if t.name == name]
+        if any(need.name not in self.batch for need in term.needs if need.when != "loss"):
+            return torch.zeros(()), {}
+        alone = (dataclasses.replace(term, coef=1.0),)
+        return Loss.of(alone, self.batch, self.ctx, torch.float64).cotangents(self.streams, self.batch)
+
+    def report(self, name: str, term: str = "") -> Tensor:
+        """What a surrogate reports of itself: [B, T] with 0 outside the mask, or [B]. term: one that may be
+        off.
+        """
+        terms = (
+            [dataclasses.replace(t, coef=1.0) for t in self.recipe.terms if t.name == term] if term else None
+        )
+        value = reports(terms or self.recipe.terms, self.streams, self.batch)[name]
+        return value * self.batch.mask_BT if value.ndim == 2 else value
+
+    def share(self, name: str) -> float:
+        """A reported [B, T] quantity over the number of policy tokens; 0 where the surrogate does not report
+        it.
+        """
+        found = reports(self.recipe.terms, self.streams, self.batch)
+        count = self.batch.mask_BT.sum().clamp(min=1)
+        return float((found[name] * self.batch.mask_BT).sum() / count) if name in found else 0.0
+
+    def per_token(self, stem: str) -> Tensor:
+        """adv_BT, or adv_B spread over tokens, 0 outside the mask."""
+        return self.batch.per_token(stem) * self.batch.mask_BT
+
+    def gradient(self, found: tuple[Tensor, dict[str, Tensor]], stream: str = "logp_BT") -> Tensor:
+        """d loss / d stream; 0 where the loss does not depend on it."""
+        return found[1].get(stream, torch.zeros_like(self.streams[stream]))
+
+
+OUTPUTS: dict[str, Callable[[Trace], Any]] = {
+    "loss": lambda t: t.total[0],
+    "grad_logp_new": lambda t: t.gradient(t.total),
+    "advantages": lambda t: t["adv_B"],
+    "clip_frac": lambda t: t.share("clip_frac"),
+}
+"""Outputs that mean the same in every file."""
