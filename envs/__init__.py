@@ -9,6 +9,8 @@ from envs import siblings
 
 siblings.verify()
 
+from envs.checker import Report, check  # noqa: E402
+from envs.contract import CheckError  # noqa: E402
 from envs.core import ChatEnv, Message, Reply, Task, Verdict, fingerprint  # noqa: E402
 from envs.registry import (  # noqa: E402
     EnvConflict,
@@ -23,12 +25,15 @@ register_with_gymnasium()
 
 __all__ = [
     "ChatEnv",
+    "CheckError",
     "EnvConflict",
     "Message",
     "Reply",
+    "Report",
     "Task",
     "UnknownEnv",
     "Verdict",
+    "check",
     "fingerprint",
     "list_envs",
     "make",

@@ -110,7 +110,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     `reply`.
 
     Args:
-        split: where tasks come from.
+        split: where tasks come from; by default the first of `splits`, which is `train` for all that train.
         profile: `default`, or `tiny`, whose episodes fit 512 tokens of the bundled tokenizer.
         level: a difficulty level, the name of a mix of levels, or None for the environment's own mix.
         render_mode: None or `ansi`.
@@ -130,6 +130,8 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     """Named mixes of levels (level -> weight) that `level=` accepts."""
     lowest_reward: ClassVar[float] = 0.0
     """What a failed verifier gives."""
+    chance: ClassVar[bool] = False
+    """Whether outcomes depend on chance: the oracle then reaches the bound on average only."""
     scripts: ClassVar[Mapping[str, Script]] = {}
     """Scripted players; at least `oracle` and `random`."""
     hacks: ClassVar[Mapping[str, Script]] = {}
@@ -140,7 +142,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     def __init__(
         self,
         *,
-        split: str = "train",
+        split: str | None = None,
         profile: str = "default",
         level: int | str | None = None,
         render_mode: str | None = None,
@@ -148,7 +150,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         max_chars: int = 20_000,
         call_format: str | CallFormat = "hermes",
     ) -> None:
-        self.split = one_of(split, self.splits, "split")
+        self.split = one_of(self.splits[0] if split is None else split, self.splits, "split")
         self.profile = one_of(profile, self.profiles, "profile")
         self.level = self.known_level(level)
         if render_mode is not None:
@@ -166,7 +168,8 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     # ------------------------------------------------------------ what a family defines
 
     def task(self, split: str, index: int, level: int | str | None = None) -> Task:
-        """The task of that number: a pure function, the same in every process."""
+        """The task of that number: a pure function, the same in every process. Level None is the env's
+        own."""
         raise NotImplementedError
 
     def opening(self, task: Task) -> Sequence[Message]:
@@ -342,7 +345,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         episode.stop_reason = stop_reason
         episode.verdict = verdict = self._grade(episode)
         info = {"task_id": episode.task.task_id, "verdict": verdict, "stop_reason": stop_reason}
-        info["tool_results"] = [] if ran is None else episode.results[ran:]   # those of this step
+        info["tool_results"] = [] if ran is None else episode.results[ran:]  # those of this step
         observation = {"messages": messages, "tools": self._schemas}
         return observation, verdict.reward - episode.earned, terminated, not terminated, info
 
@@ -381,7 +384,7 @@ def draw_level(level: int | str, mixes: Mapping[str, Mapping[int, float]], u: fl
         left -= weight
         if left < 0:
             return choice
-    return max(mixes[level])   # rounding: u was as good as 1
+    return max(mixes[level])  # rounding: u was as good as 1
 
 
 def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:

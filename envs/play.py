@@ -40,7 +40,8 @@ def run_script(
     tools = observation["tools"]
     turns = player(env, rng)
     texts: list[str] = []
-    total, info = 0.0, {}
+    total = 0.0
+    info: dict[str, Any] = {}
     try:
         text = next(turns)
         while True:

@@ -6,7 +6,7 @@ them); these look at types and lengths only. The observation space itself is a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class Text(spaces.Space[str]):
     def contains(self, x: Any) -> bool:
         return isinstance(x, str) and len(x) <= self.max_length
 
+    @property
     def is_np_flattenable(self) -> bool:
         return False
 
@@ -60,12 +61,11 @@ class Messages(spaces.Space[tuple]):
         )
 
     def contains(self, x: Any) -> bool:
-        # The first and the last message stand for all: membership stays O(1) however much an environment
-        # says. `envs.check` looks at every message.
-        if type(x) is not tuple or len(x) > self.max_messages:
-            return False
-        return not x or (is_message(x[0]) and (len(x) == 1 or is_message(x[-1])))
+        # The first message stands for all: membership stays O(1) however much an environment says.
+        # `envs.check` looks at every message.
+        return type(x) is tuple and len(x) <= self.max_messages and (not x or is_message(x[0]))
 
+    @property
     def is_np_flattenable(self) -> bool:
         return False
 
@@ -74,6 +74,30 @@ class Messages(spaces.Space[tuple]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Messages) and other.max_messages == self.max_messages
+
+
+class Schemas(tuple):
+    """Tool schemas that nobody can change: whoever takes one out gets a copy.
+
+    Observations must share no mutable data (Gymnasium checks it), and copying the schemas at every step would
+    cost more than the step; so they are copied when they are looked at. The object itself stays the same as
+    long as the tools do, so that those who format tools may remember by identity.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_copied, super().__iter__())
+
+    def __getitem__(self, key: Any) -> Any:
+        return _copied(super().__getitem__(key))
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of JSON data."""
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value)
+    return value
 
 
 class ToolSchemas(spaces.Space[tuple]):
@@ -92,8 +116,9 @@ class ToolSchemas(spaces.Space[tuple]):
         return ({"type": "function", "function": function},)
 
     def contains(self, x: Any) -> bool:
-        return type(x) is tuple and len(x) <= self.max_tools and (not x or type(x[0]) is dict)
+        return isinstance(x, tuple) and len(x) <= self.max_tools
 
+    @property
     def is_np_flattenable(self) -> bool:
         return False
 
@@ -108,23 +133,34 @@ class Observation(spaces.Dict):
     """``{"messages": the new messages, "tools": the tools on offer}``."""
 
     def __init__(self, max_messages: int = 256, max_tools: int = 256) -> None:
+        self._most_messages, self._most_tools = max_messages, max_tools
         super().__init__({"messages": Messages(max_messages), "tools": ToolSchemas(max_tools)})
 
     def contains(self, x: Any) -> bool:
-        if type(x) is not dict or len(x) != 2:
+        # What `spaces.Dict` would ask its leaves, without the calls: this stands in every step of every user.
+        try:
+            messages, tools = x["messages"], x["tools"]
+            if type(x) is not dict or len(x) != 2 or type(messages) is not tuple:
+                return False
+            if len(messages) > self._most_messages or not isinstance(tools, tuple):
+                return False
+            if messages:
+                first = messages[0]
+                if type(first) is not dict or first["role"] not in ROLES:
+                    return False
+                if type(first["content"]) is not str and type(first["content"]) is not list:
+                    return False
+            return len(tools) <= self._most_tools
+        except (KeyError, TypeError, IndexError):
             return False
-        leaves = self.spaces
-        return (
-            "messages" in x
-            and "tools" in x
-            and leaves["messages"].contains(x["messages"])
-            and leaves["tools"].contains(x["tools"])
-        )
 
 
 def is_message(x: Any) -> bool:
     """Whether `x` has the shape of a message: a known role, and text or parts."""
-    return type(x) is dict and x.get("role") in ROLES and isinstance(x.get("content"), (str, list))
+    return (
+        type(x) is dict and "role" in x and "content" in x
+        and x["role"] in ROLES and isinstance(x["content"], (str, list))
+    )  # fmt: skip
 
 
 def message_problem(message: Any) -> str | None:

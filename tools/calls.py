@@ -56,7 +56,10 @@ class ParsedTurn:
 class CallFormat(Protocol):
     """A way to write calls into text. Implementations are stateless and picklable."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What a configuration calls this format."""
+        ...
 
     def parse(self, text: str) -> ParsedTurn:
         """Read a turn. Never raises; linear in the length of the text."""

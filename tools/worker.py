@@ -1,6 +1,6 @@
 """Runs a function in a process of its own that is killed when its time is up.
 
-Workers are plain interpreters started with `python -m tools.worker`; they are kept and used again, one call
+Workers are plain interpreters that run `serve`; they are kept and used again, one call
 at a time, and belong to the process, not to any environment, so that environments stay copyable. The
 function travels by name; its reply is JSON text, already cut to the limit on the worker's side.
 """
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 START_LIMIT_S = 60.0
 """Seconds that a new worker may take to start, and to import what a function needs."""
@@ -74,7 +74,7 @@ class Worker:
         home = str(Path(__file__).resolve().parent.parent)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([home, *(p for p in sys.path if p)])}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.worker"],
+            [sys.executable, "-c", "from tools.worker import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=env,
@@ -151,7 +151,7 @@ def shutdown() -> None:
 atexit.register(shutdown)
 
 
-def _read(pipe: BinaryIO, deadline: float) -> bytes:
+def _read(pipe: IO[bytes], deadline: float) -> bytes:
     """One message, or TimeoutError at the deadline."""
     (size,) = _HEADER.unpack(_read_exactly(pipe, _HEADER.size, deadline))
     if size > MAX_MESSAGE:
@@ -159,7 +159,7 @@ def _read(pipe: BinaryIO, deadline: float) -> bytes:
     return _read_exactly(pipe, size, deadline)
 
 
-def _read_exactly(pipe: BinaryIO, size: int, deadline: float) -> bytes:
+def _read_exactly(pipe: IO[bytes], size: int, deadline: float) -> bytes:
     parts: list[bytes] = []
     descriptor = pipe.fileno()
     while size:
@@ -174,7 +174,7 @@ def _read_exactly(pipe: BinaryIO, size: int, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _serve() -> None:
+def serve() -> None:
     """The worker's loop: read a call, say that it is loaded, run it, reply."""
     source = sys.stdin.buffer
     # What a tool prints must not mix with the replies: they get the real stdout, print gets stderr.
@@ -206,7 +206,3 @@ def _result(fn: Callable[..., Any], arguments: Mapping[str, Any], max_chars: int
         return str(error)[:max_chars], "tool_error"
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {error}"[:max_chars], "exception"
-
-
-if __name__ == "__main__":
-    _serve()

@@ -77,6 +77,11 @@ def hasty(env: ChatEnv, rng: np.random.Generator) -> Turns:
     yield _answer(observation["messages"][-1]["content"].split("\n")[0][:60])
 
 
+def abstain(env: ChatEnv, rng: np.random.Generator) -> Turns:
+    """An honest non-answer in the right form."""
+    yield _answer("unknown")
+
+
 def list_everything(env: ChatEnv, rng: np.random.Generator) -> Turns:
     """Names every thing it has seen or might guess, hoping that one counts."""
     yield _answer(", ".join(env.episode.task.truth["guesses"]))
@@ -94,7 +99,7 @@ def untagged(env: ChatEnv, rng: np.random.Generator) -> Turns:
     yield f"{truth['answer']} <answer></answer>"
 
 
-SCRIPTS: Mapping[str, Script] = {"oracle": oracle, "cautious": cautious, "hasty": hasty}
+SCRIPTS: Mapping[str, Script] = {"oracle": oracle, "cautious": cautious, "hasty": hasty, "abstain": abstain}
 HACKS: Mapping[str, Script] = {
     "list_everything": list_everything,
     "answer_with_reasons": answer_with_reasons,
