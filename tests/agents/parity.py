@@ -46,11 +46,12 @@ class Parity(ChatEnv):
     name = "parity"
     levels = {1: "asked plainly", 2: "with the tool"}  # noqa: RUF012
     scripts = {"oracle": _oracle, "random": _random, "clumsy": _clumsy}  # noqa: RUF012
+    demonstrators = {"oracle": 1.0}  # noqa: RUF012
     hacks = {"silent": _says(""), "breaks_the_verifier": _says("<answer>raise</answer>")}  # noqa: RUF012
 
     def task(self, split, index, level=None):
         level = self.known_level(self.level if level is None else level) or 1 + index % 2
-        number = 7 * index + (3 if split == "train" else 1_000_000)
+        number = 7 * index + (3 if split == "train" else 5)
         truth = "odd" if number % 2 else "even"
         return Task(
             f"parity/{split}/{index}", split, index, level, {"number": number}, {"answer": truth},

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -304,3 +310,103 @@ def test_the_only_model_of_a_server_needs_no_name():
         Endpoint(EndpointConfig.from_spec("http://127.0.0.1:9/v1", retries=0))
     with pytest.raises(UsageError, match="http://localhost"):
         EndpointConfig.from_spec("localhost:8000")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The bundled model after a short warm start on the parity environment, as a folder; and its player."""
+    import torch
+
+    from agents import bundled, warm
+    from agents.actor import Player
+    from agents.chat import ChatFormat
+    from agents.config import WarmConfig
+    from agents.dist import World
+    from agents.engines.hf import HFEngine
+    from agents.forward import Convention
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, tokenizer = bundled.load()
+    chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    demos = warm.demonstrations(lambda: Parity(level=2), {"oracle": 1.0}, range(200), seed=0, max_turns=4)
+    ledgers, _ = warm.ledgers_of(chat, demos, 512)
+    convention = Convention(1.0, tuple(chat.banned_ids))
+    warm.warm_start(
+        model, ledgers, WarmConfig(cache=False), convention, seed=0, micro_tokens=4096, world=World(),
+        on_step=lambda *step: None,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    params = SampleParams(temperature=0, max_new_tokens=64)
+    engine = HFEngine(
+        model, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params, max_context=512
+    )
+    yield folder, Player(lambda: Parity(level=2, split="eval"), chat, engine, Limits(4, 64, 512), 0)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def real_server(trained, tmp_path_factory):
+    """`transformers serve` on that folder, offline."""
+    pytest.importorskip("uvicorn", reason="transformers serve needs uvicorn and fastapi")
+    pytest.importorskip("fastapi", reason="transformers serve needs uvicorn and fastapi")
+    home = tmp_path_factory.mktemp("hf")
+    (home / "hub").mkdir()  # the server lists the cached models, and fails where there is no cache at all
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = shutil.which("transformers", path=os.path.dirname(sys.executable))
+    command = [program, "serve", str(trained[0]), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    surroundings = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (home / "log").open("w") as log:
+        process = subprocess.Popen(command, env=surroundings, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, (home / "log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/v1#{trained[0]}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.full
+def test_a_real_server_plays_like_the_same_model_in_process(trained, real_server):
+    """Greedy decoding over HTTP, calls parsed there and written back here, equals the token engine's."""
+    client = Endpoint(
+        EndpointConfig.from_spec(real_server, params=SampleParams(temperature=0, max_new_tokens=64))
+    )
+    make_env = trained[1].make_env
+    local = evaluate(trained[1], "parity")
+    remote = evaluate(TextPlayer(make_env, client, Limits(4, 64, 512), workers=2), "parity")
+    client.close()
+    assert local.success.mean >= 0.9 and local.tool_calls.mean >= 0.9, "the warm start did not take"
+    assert remote.failures == {} and remote.stop_reasons == {"answered": 20}
+    assert remote.correct == local.correct and remote.calls == local.calls
+    assert remote.length == 0 and remote.turns == local.turns
+
+
+@pytest.mark.full
+def test_a_real_server_without_native_tools(trained, real_server):
+    """Tools in words make a prompt that the model does not know: every episode still has a typed end."""
+    config = EndpointConfig.from_spec(
+        real_server, params=SampleParams(max_new_tokens=16), native_tools=False, retries=1
+    )
+    client = Endpoint(config)
+    result = evaluate(
+        TextPlayer(trained[1].make_env, client, Limits(2, 16, 512), workers=2), "parity", episodes=6
+    )
+    client.close()
+    assert result.episodes == 6 and set(result.stop_reasons) <= {
+        "answered",
+        "max_turns",
+        "error:http_500",
+        "error:connection",
+    }
