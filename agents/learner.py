@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +127,8 @@ class LMLearner:
     def score(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         """Every need's quantity for every row, without gradient: `[B, T]` (or `[B, T, K]`), zero where not asked."""
         out = {need.name: self._blank(b, need) for need in needs}
-        for rows_R in self._share(b, needs):
+        everyone_B = torch.ones(b.B, dtype=torch.bool, device=b.tokens_BT.device)
+        for rows_R in self._share(b, everyone_B):
             for name, value in self._streams(b.rows(rows_R), needs).items():
                 out[name][rows_R, : value.shape[1]] = value
         self.world.sum_(out.values())
@@ -136,23 +137,52 @@ class LMLearner:
     def backward(self, b: Batch, needs: Sequence[Need], pull: Pull) -> dict[str, Tensor]:
         """Accumulate the gradient of a loss whose cotangents `pull(rows, live values)` names; return the streams.
 
-        `pull` gets row indices and the streams of these rows, detached, `[R, T]`; it returns d loss / d stream of
-        the same shapes. Streams that it leaves out are constants. Every row is pulled once over all processes; the
-        streams that are returned, `[B, T]`, are the same on every process.
+        `pull` is a pure function of row indices and the streams of these rows, detached, `[R, T]`; it returns
+        d loss / d stream of the same shapes. Streams that it leaves out are constants. The streams that are
+        returned, `[B, T]`, are the same on every process.
+
+        Rows without gradient (groups whose advantages are all zero) are guessed from the sampler's log-probs and
+        only looked at: a forward without gradient, by which the guess is confirmed.
         """
         for need in needs:
             if not isinstance(need.what, _SCALARS):
                 raise RecipeError(f"`{need.name}`: a {type(need.what).__name__} has no gradient stream")
         out = {need.name: self._blank(b, need) for need in needs}
-        for rows_R in self._share(b, needs):
+        busy_B = self._guess_busy(b, needs, pull)
+        wrong: list[Tensor] = []
+        for rows_R in self._share(b, ~busy_B):
+            with torch.no_grad():
+                live = self._live(b.rows(rows_R), needs)
+            if not _nonzero(pull(rows_R, self._show(live, rows_R, b.T, out))):
+                continue
+            wrong.append(rows_R)
+        for rows_R in (*wrong, *self._share(b, busy_B)):
             live = self._live(b.rows(rows_R), needs)
-            shown = {name: at.spread(x.detach().to(b.tokens_BT.device), len(rows_R), b.T) for name, (x, at) in live.items()}
-            for name, value_RT in shown.items():
-                out[name][rows_R] = value_RT
-            cotangents = pull(rows_R, shown)
+            cotangents = pull(rows_R, self._show(live, rows_R, b.T, out))
             _push([(live[name], cotangent_RT) for name, cotangent_RT in cotangents.items()])
         self.world.sum_(out.values())
         return out
+
+    def _guess_busy(self, b: Batch, needs: Sequence[Need], pull: Pull) -> Tensor:
+        """`[B]`: rows that would have a gradient if the policy were still the sampler's."""
+        guess = {need.name: self._blank(b, need) for need in needs}
+        for need in needs:
+            if isinstance(need.what, LogProb) and need.model == "policy":
+                guess[need.name] += b.logp_sampler_BT * b.mask_BT
+        busy_B = torch.zeros(b.B, dtype=torch.bool, device=b.tokens_BT.device)
+        for cotangent_BT in pull(torch.arange(b.B, device=busy_B.device), guess).values():
+            busy_B |= (cotangent_BT != 0).any(1)
+        return busy_B
+
+    def _show(
+        self, live: Mapping[str, tuple[Tensor, Positions]], rows_R: Tensor, width: int, out: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Streams of some rows as `pull` sees them, `[R, width]`; they are noted in `out`."""
+        shown = {}
+        for name, (value_N, at) in live.items():
+            shown[name] = at.spread(value_N.detach(), len(rows_R), width).to(out[name].device)
+            out[name][rows_R] = shown[name]
+        return shown
 
     def step(self, lr_scale: float = 1.0) -> dict[str, float]:
         """Sum gradients over processes, clip, step every optimizer, clear. Returns gradient norms before clipping.
@@ -211,13 +241,14 @@ class LMLearner:
         shape = (b.B, b.T, *self._tail(need.what))
         return torch.zeros(shape, dtype=self._dtype(need.what), device=b.tokens_BT.device)
 
-    def _share(self, b: Batch, needs: Sequence[Need]) -> Iterator[Tensor]:
-        """This process' micro-batches of rows."""
-        length_B = b.real_BT.sum(1)
+    def _share(self, b: Batch, which_B: Tensor) -> list[Tensor]:
+        """This process' micro-batches of the named rows."""
+        rows_R = which_B.nonzero(as_tuple=True)[0]
+        length_R = b.real_BT.sum(1)[rows_R]
         budget = self.micro_tokens
         if self.world.size > 1:  # enough pieces for everybody
-            budget = min(budget, max(1, math.ceil(int(length_B.sum()) / self.world.size)))
-        yield from self.world.share(list(micro_batches(length_B, budget)))
+            budget = min(budget, max(1, math.ceil(int(length_R.sum()) / self.world.size)))
+        return self.world.share([rows_R[part] for part in micro_batches(length_R, budget)])
 
     def _streams(self, part: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         """Quantities of some rows, spread to `[R, T', ...]` with T' the longest of these rows."""
@@ -352,6 +383,10 @@ class LMLearner:
             if member.optimizer is not None:
                 optim.restore(member.optimizer, member.model, entry["optimizer"])
             member.steps = entry["steps"]
+
+
+def _nonzero(cotangents: Mapping[str, Tensor]) -> bool:
+    return any(bool(c.any()) for c in cotangents.values())
 
 
 def _push(terms: Sequence[tuple[tuple[Tensor, Positions], Tensor]]) -> None:

@@ -22,6 +22,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
     Raises UsageError saying what is missing.
     """
     place = locate(spec)
+    _quiet()
     if place is None:
         from agents import bundled
 
@@ -53,11 +54,16 @@ def locate(spec: str) -> str | None:
     return spec
 
 
-def _from_transformers(place: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _quiet() -> None:
+    """No progress bars of transformers: they would tear the display apart."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _from_transformers(place: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)

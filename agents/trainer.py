@@ -16,11 +16,11 @@ from agents.cli import UsageError, as_json
 from agents.config import TrainConfig
 from agents.display import Display
 from agents.doctor import diagnose
-from agents.evaluate import EvalResult, Subject, evaluate
+from agents.evaluate import EvalResult, evaluate
 from agents.models import export
 from agents.rollout import Progress
 from agents.runfolder import RunFolder, plain, write_json
-from agents.session import Session, derived
+from agents.session import Session, derived, env_arguments
 from policy_opt.batch import Batch
 
 Metrics = dict[str, float]
@@ -131,11 +131,10 @@ class Trainer:
         hard = name == "harder"
         n = episodes or (c.eval.hard_episodes if hard else c.eval.episodes)
         self.display.phase(f"evaluation ({name})", f"{n} held-out tasks")
-        subject = Subject(
-            env=c.env, player=c.model, level=c.eval.hard_level if hard else None,
-            seed=derived(c.seed, "evaluation"), label=name, step=s.loop.step,
+        result = evaluate(
+            s.player, c.env, episodes=n, level=c.eval.hard_level if hard else None, env_kwargs=env_arguments(c),
+            seed=derived(c.seed, "evaluation"), label=name, step=s.loop.step, name=c.model, on_progress=self._on_eval,
         )  # fmt: skip
-        result = evaluate(s.player, subject, episodes=n, on_progress=self._on_eval)
         record = plain(result.as_dict())
         self.evals.append(record)
         if self.folder:

@@ -128,17 +128,40 @@ def test_gradient_does_not_depend_on_layout(change):
 def test_pull_sees_the_live_streams_of_its_rows():
     one, b = learner(micro_tokens=40), batch()
     scored = one.score(b, [LOGP])["logp_BT"]
-    seen = torch.zeros(b.B)
+    last = torch.zeros(b.B, b.T, dtype=torch.float64)
 
     def pull(rows, live):
-        torch.testing.assert_close(live["logp_BT"], scored[rows])
         assert not live["logp_BT"].requires_grad
-        seen[rows] += 1
+        last[rows] = live["logp_BT"]
         return {}
 
     torch.testing.assert_close(one.backward(b, [LOGP], pull)["logp_BT"], scored)
-    assert (seen == 1).all()
+    torch.testing.assert_close(last, scored)
     assert all(p.grad is None for p in one.model.parameters())
+
+
+def test_rows_without_gradient_are_only_looked_at():
+    """Guessed from the sampler's log-probs; a wrong guess costs a second forward, never the gradient."""
+    b = batch()
+    idle = torch.arange(b.B) % 2 == 0
+    weight = torch.where(idle, 0.0, 1.0).double()[:, None] * b.mask_BT
+    forwards = []
+    one = learner(micro_tokens=40)
+    one.model.model.register_forward_hook(lambda m, i, out: forwards.append(out[0].requires_grad))
+    streams = one.backward(b, [LOGP], lambda rows, live: {"logp_BT": weight[rows]})
+    torch.testing.assert_close(streams, one.score(b, [LOGP]))
+    assert True in forwards and False in forwards
+    other = learner()
+    lp = full_logp(other.model, b).gather(2, b.tokens_BT[..., None])[..., 0]
+    (lp * weight).sum().backward()
+    for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
+
+    surprised = learner(micro_tokens=40)
+    same = b.over(logp_sampler_BT=torch.zeros(b.B, b.T, dtype=torch.float64))
+    surprised.backward(same, [LOGP], lambda rows, live: {"logp_BT": (live["logp_BT"] != 0).double() * weight[rows]})
+    for p, q in zip(surprised.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
 
 
 def test_the_critic_learns_with_its_own_optimizer_and_the_reference_stays():

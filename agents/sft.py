@@ -1,0 +1,177 @@
+"""`python -m agents.sft`: imitation on an environment's demonstrators, a run's stored episodes, or a JSONL file.
+
+Only what the policy would have sampled is trained on: every assistant turn with its stop token. The tokens are those
+of the ledger, so a model trained here continues in `agents.train` without a seam.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from agents import cli, warm
+from agents.chat import ChatFormat
+from agents.cli import UsageError
+from agents.display import Display, choose
+from agents.forward import Convention
+from agents.imitate import Conversation, imitate, likelihood
+from agents.learner import LMLearner
+from agents.ledger import Ledger
+from agents.models import DTYPES, export, is_tiny, load_model
+from agents.optim import OptimConfig
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Imitate demonstrations: of an environment (--env) or from a file or run (--data)."""
+
+    out: str
+    """Folder of the resulting model (save_pretrained)."""
+    model: str = "bundled"
+    """Model to start from: bundled, a run or model folder, or a Hugging Face id."""
+    env: str | None = None
+    """Environment whose demonstrators are imitated."""
+    env_args: tuple[str, ...] = ()
+    """Arguments of the environment, NAME=VALUE; may be given several times."""
+    data: str | None = None
+    """A run folder, or JSON lines with `messages` (OpenAI chat shape) and optionally `tools`."""
+    only_correct: bool = True
+    """From a run: successful episodes only."""
+    episodes: int = 400
+    """Demonstrations at most."""
+    epochs: int = 2
+    """Passes over them."""
+    batch: int = 16
+    """Conversations per optimizer step."""
+    held_out: float = 0.1
+    """Share of the demonstrations that is kept aside to measure on."""
+    max_context: int = 2048
+    """Longer conversations are left out, and counted."""
+    micro_tokens: int = 4096
+    """Tokens of a training micro-batch, padding included."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, beta2=0.98, weight_decay=0.01))
+    """The optimizer; its rate rises over a tenth of the steps and falls linearly to a tenth."""
+    seed: int = 0
+    """Order, choice of demonstrations, what is held out."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Weights."""
+    threads: int | None = None
+    """Threads; none: 1 for models below 20 million parameters, else torch's choice."""
+    json: bool = False
+    """End with one line of JSON."""
+    plain: bool = False
+    """Plain lines instead of the live display."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit code."""
+    config = cli.parse(SftConfig, argv, "python -m agents.sft")
+    if (config.env is None) == (config.data is None):
+        raise UsageError("name what to imitate: either --env (its demonstrators) or --data (a run or a JSONL file)")
+    with choose(0, plain=config.plain, silent=False) as display:
+        result = train(config, display)
+    print(f"held-out: {result['nll_before']:.4f} -> {result['nll_after']:.4f} nats per token   model: {config.out}")
+    if config.json:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def train(config: SftConfig, display: Display) -> dict[str, Any]:
+    """Imitate and export; returns likelihoods and counts."""
+    model, tokenizer = load_model(config.model, DTYPES[config.dtype])
+    torch.set_num_threads(config.threads or (1 if is_tiny(model) else torch.get_num_threads()))
+    chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    ledgers, dropped = demonstrations(config, chat)
+    kept, aside = split(ledgers, config.held_out, config.seed)
+    learner = LMLearner(
+        model, config.optim, convention=Convention(1.0, tuple(chat.banned_ids)), micro_tokens=config.micro_tokens
+    )
+    before = likelihood(learner, aside)
+    display.phase("imitation", f"{len(kept)} conversations, {len(aside)} held out, {dropped} too long")
+    losses = imitate(
+        learner, kept, epochs=config.epochs, batch=config.batch, seed=config.seed,
+        progress=lambda step, steps, nll: display.progress("imitation", step, steps, f"{nll:.3f} nats/token"),
+    )  # fmt: skip
+    after = likelihood(learner, aside)
+    export(model, tokenizer, Path(config.out), [f"# {config.model} after imitation of {config.env or config.data}"])
+    return {
+        "nll_before": before, "nll_after": after, "nll_last": losses[-1], "conversations": len(kept),
+        "held_out": len(aside), "too_long": dropped, "steps": len(losses), "model": config.out,
+    }  # fmt: skip
+
+
+def demonstrations(config: SftConfig, chat: ChatFormat) -> tuple[list[Ledger], int]:
+    """Ledgers to imitate, and how many conversations were too long. UsageError where there are too few."""
+    if config.env is not None:
+        from agents.session import env_maker
+
+        make_env = env_maker(config.env, cli.assignments(config.env_args, "--env-args"))
+        weights = warm.demonstrator_weights(make_env)
+        if not weights:
+            raise UsageError(f"{config.env} has no demonstrators; give --data")
+        conversations = warm.demonstrations(make_env, weights, range(config.episodes), config.seed, max_turns=64)
+    else:
+        assert config.data is not None
+        conversations = read(Path(config.data), config.only_correct)[: config.episodes]
+    ledgers, dropped = warm.ledgers_of(chat, conversations, config.max_context)
+    if len(ledgers) < 2:
+        raise UsageError(f"{len(ledgers)} usable conversations ({dropped} too long); imitation needs at least 2")
+    return ledgers, dropped
+
+
+def split(ledgers: Sequence[Ledger], share: float, seed: int) -> tuple[list[Ledger], list[Ledger]]:
+    """Demonstrations to learn from and to measure on, at least one of each; a function of the seed."""
+    order = torch.randperm(len(ledgers), generator=torch.Generator().manual_seed(seed)).tolist()
+    aside = min(len(ledgers) - 1, max(1, round(share * len(ledgers))))
+    return [ledgers[i] for i in order[aside:]], [ledgers[i] for i in order[:aside]]
+
+
+def read(path: Path, only_correct: bool) -> list[Conversation]:
+    """Conversations of a run folder's stored episodes, or of a JSONL file. UsageError names a bad line."""
+    if path.is_dir():
+        from agents.export import conversations_of
+
+        return [Conversation(m, t) for m, t in conversations_of(path, only_correct)]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    return [_conversation(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _conversation(line: str, where: str) -> Conversation:
+    try:
+        record = json.loads(line)
+        messages = tuple(_message(m, where) for m in record["messages"])
+        return Conversation(messages, tuple(record.get("tools") or ()))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{where} is no conversation ({error!r}); a line is {{\"messages\": [...]}}") from error
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message whose structured tool calls, if any, are written into its text in the default call format."""
+    from tools.calls import HERMES, ToolCall
+
+    out = {"role": str(message["role"]), "content": message.get("content") or ""}
+    if "name" in message:
+        out["name"] = str(message["name"])
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        calls.append(ToolCall(function["name"], arguments, ""))
+    if calls:
+        out["content"] = HERMES.render(str(out["content"]), calls)
+    return out
+
+
+if __name__ == "__main__":
+    from agents.train import user_errors
+
+    cli.run(main, user_errors())
