@@ -98,6 +98,7 @@ def is_tiny(model: nn.Module) -> bool:
 
 def export(model: nn.Module, tokenizer: Any, folder: Path, card: Iterable[str] = ()) -> None:
     """`save_pretrained` of model and tokenizer, readable by any transformers program."""
-    model.save_pretrained(folder, safe_serialization=True)
+    _quiet()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from torch import nn
 import policy_opt
 from agents.actor import LMActor, Player, refuse_truncated
 from agents.chat import ChatFormat
-from agents.cli import assignments
+from agents.cli import UsageError, assignments
 from agents.config import TrainConfig
 from agents.dist import World
 from agents.engines.base import SampleParams
@@ -64,13 +64,19 @@ def env_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def env_maker(spec: str, arguments: Mapping[str, Any]) -> MakeEnv:
-    """A function that makes the environment; it is called once here, so that mistakes show at once."""
+    """A function that makes the environment; it is called once here, so that mistakes show at once.
+
+    Raises UnknownEnv with a did-you-mean, UsageError on a wrong argument.
+    """
     import envs
 
     def make() -> Any:
         return envs.make(spec, **arguments)
 
-    make().close()
+    try:
+        make().close()
+    except (TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{spec}: {error}") from error
     return make
 
 

@@ -200,8 +200,21 @@ class Trainer:
         summary["run"] = str(self.folder.path)
         summary["seconds"] = round(time.monotonic() - self.started, 1)
         export(s.model, s.tokenizer, self.folder.path / "model", self._card(summary))
+        summary["report"] = self._report()
         write_json(self.folder.path / "summary.json", summary)
         return summary
+
+    def _report(self) -> str | None:
+        """The HTML page; a run is not lost over it."""
+        from agents.view import write_report
+
+        assert self.folder is not None
+        self.display.phase("report", "writing one HTML page")
+        try:
+            return str(write_report(self.folder.path))
+        except Exception as error:
+            self.display.note(f"no report: {type(error).__name__}: {error}")
+            return None
 
     def _card(self, summary: Mapping[str, Any]) -> list[str]:
         c = self.config
