@@ -84,7 +84,7 @@ class Scales:
 
     def add(self, name: str, values: Sequence[float | None]) -> None:
         """Remember a column's numbers."""
-        finite = np.array([v for v in values if v is not None], dtype=np.float32)
+        finite = np.array([v for v in values if v is not None], dtype=np.float64)
         self._seen.setdefault(name, []).append(finite)
 
     def specs(self) -> list[dict[str, Any]]:
@@ -108,12 +108,16 @@ class Scales:
 
 
 def rounded(value: Any) -> float | int | None:
-    """Four significant digits; None where there is no finite number."""
-    if isinstance(value, bool | int):
+    """Four significant digits within ±1e100; None where there is no finite number."""
+    if isinstance(value, bool | int) and abs(value) < 10**15:
         return int(value)
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
     if not math.isfinite(value):
         return None
+    value = min(max(value, -1e100), 1e100)
     return int(value) if value == int(value) and abs(value) < 1e9 else float(f"{value:.4g}")
 
 
