@@ -247,7 +247,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
             return self._over(reply.messages, MAX_TURNS, terminated=False, ran=ran)
         episode.earned += reply.reward
         observation = {"messages": reply.messages, "tools": self._schemas}
-        info = {"task_id": episode.task.task_id, "tool_results": episode.results[ran:]}
+        info = {"task_id": episode.task.task_id, "tool_results": tuple(episode.results[ran:])}
         return observation, reply.reward, False, False, info
 
     def finish(self, stop_reason: str) -> tuple[float, dict[str, Any]]:
@@ -345,7 +345,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         episode.stop_reason = stop_reason
         episode.verdict = verdict = self._grade(episode)
         info = {"task_id": episode.task.task_id, "verdict": verdict, "stop_reason": stop_reason}
-        info["tool_results"] = [] if ran is None else episode.results[ran:]  # those of this step
+        info["tool_results"] = () if ran is None else tuple(episode.results[ran:])
         observation = {"messages": messages, "tools": self._schemas}
         return observation, verdict.reward - episode.earned, terminated, not terminated, info
 
