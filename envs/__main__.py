@@ -30,10 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("spec", nargs="?", help="name, Gymnasium id, module:Class, or jsonl:FILE")
     parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="options of the environment")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of a table")
+    parser.add_argument("--markdown", action="store_true", help="print the list for a README, without rewards")
     parser.add_argument("--episodes", type=int, default=40, help="episodes that measure the scripts' rewards")
     arguments = parser.parse_args(argv)
     if arguments.command == "list":
-        return _list(arguments.episodes, arguments.json)
+        return _markdown() if arguments.markdown else _list(arguments.episodes, arguments.json)
     if arguments.spec is None:
         parser.error(f"{arguments.command} needs a SPEC")
     try:
@@ -78,6 +79,15 @@ def _list(episodes: int, as_json: bool) -> int:
         levels = f"{min(card['levels'])}-{max(card['levels'])}" if len(card["levels"]) > 1 else "1"
         table.add_row(card["name"], card["description"], levels, ", ".join(card["tools"]), oracle, chance)
     Console().print(table)
+    return 0
+
+
+def _markdown() -> int:
+    print("| environment | what the agent does | levels | tools |\n| --- | --- | --- | --- |")
+    for name in envs.list_envs():
+        card = envs.make(name).card()
+        levels = "; ".join(f"{level}: {text}" for level, text in card["levels"].items())
+        print(f"| `{name}` | {card['description']} | {levels} | {', '.join(card['tools'])} |")
     return 0
 
 
