@@ -34,8 +34,8 @@ class Entry:
     """Training step; None for an evaluation."""
     trajectory: Trajectory
     """The episode."""
-    columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Per-token numbers by name, all segments one after the other."""
+    columns: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """Per-token numbers by name, one sequence a segment; a name's suffix `_BT` is not shown."""
 
 
 class TokenTable:
@@ -175,12 +175,11 @@ def _pairs(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _segments(entry: Entry, tokens: TokenTable, scales: Scales) -> list[dict[str, Any]]:
     ledger = entry.trajectory.ledger
     out: list[dict[str, Any]] = []
-    start = 0
-    for segment in ledger.segments if ledger is not None else ():
+    for number, segment in enumerate(ledger.segments if ledger is not None else ()):
         n = len(segment)
         keep = min(n, MAX_TOKENS)
         own = {name: getattr(segment, name) for name in OWN_COLUMNS}
-        further = {name: values[start : start + n] for name, values in entry.columns.items()}
+        further = {name.removesuffix("_BT"): values[number] for name, values in entry.columns.items()}
         columns = {}
         for name, values in {**own, **further}.items():
             sampled_only = name != "mask"
@@ -199,7 +198,6 @@ def _segments(entry: Entry, tokens: TokenTable, scales: Scales) -> list[dict[str
                 "cut": n - keep,
             }
         )
-        start += n
     return out
 
 

@@ -42,7 +42,7 @@ def episode(
     call = (
         '<tool_call>{"name": "lookup", "arguments": {"entity": "Zanvel", "attribute": "mentor"}}</tool_call>'
     )
-    ledger, columns = Ledger(), {"adv": [], "entropy": []}
+    ledger = Ledger()
 
     def encode(text):
         return tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
@@ -53,7 +53,8 @@ def episode(
         ledger.act(ids, (-rng.exponential(0.3, len(ids))).tolist(), turn, step)
         if turn == 0:
             ledger.observe(encode("Toruna"), 1)
-    columns = {"adv": [1.0 if correct else -1.0] * len(ledger), "entropy": rng.random(len(ledger)).tolist()}
+    sign = 1.0 if correct else -1.0
+    columns = {"adv_BT": [[sign] * len(ledger)], "entropy_BT": [rng.random(len(ledger)).tolist()]}
     trajectory = Trajectory(
         task or f"tool_qa/train/{group}", group, "train", level, group, member, ledger=ledger, version=step,
         messages=[
@@ -150,7 +151,7 @@ def test_columns_are_cut_at_segments_and_shown_where_the_policy_spoke():
     first = len(ledger)
     ledger.branch([1, 2, 3], 2)
     ledger.act([4, 5], [-1.0, -2.0], 2, 1)
-    columns = {"credit": [0.5] * first + [0.0, 0.0, 0.0, 7.0, 8.0]}
+    columns = {"credit_BT": [[0.5] * first, [0.0, 0.0, 0.0, 7.0, 8.0]]}
     _, ((detail,),) = contents(render.render(build([Entry(1, entry.trajectory, columns)])))
     one, two = detail["segments"]
     assert two["parent"] == 0 and two["columns"]["credit"] == [None, None, None, 7, 8]
