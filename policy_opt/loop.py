@@ -121,7 +121,8 @@ class Loop:
         ctx.metrics |= metrics.of_rollout(everything)
         ctx.log("groups_rejected", everything.index()[1] - sum(b.index()[1] for b in kept))
         ctx.log("rollout_rounds", len(played))
-        return concat(kept) if kept else everything.silence(torch.zeros_like(everything["reward_B"]))
+        # With nothing accepted there is nothing to learn: the last rollout stands for it, with an empty mask.
+        return concat(kept) if kept else played[-1].silence(torch.zeros_like(played[-1]["reward_B"]))
 
     def jobs(self, recipe: Recipe, groups: int, ctx: Ctx) -> list[Job]:
         """Episodes to play for so many groups: unfinished ones go on, the rest are new tasks."""
@@ -218,7 +219,7 @@ class Loop:
 
 
 def deferred(recipe: Recipe) -> dict[str, str]:
-    """Columns that the step's own forward gives: {column: stream}.
+    """Columns that the step's own forward gives: {column: stream}; logp_old also where no part asks for it.
 
     A single step on the fresh batch starts from the weights that gave logp_old, so its live streams *are*
     that column, unless a part reads it before or a loss looks at several rows at once.

@@ -215,7 +215,8 @@ def _part(stage: str, node: ast.AST) -> Any:
     kind = find(stage, name)
     target = getattr(kind, "func", kind)
     assert isinstance(target, type)
-    hints = {f.name: typing.get_type_hints(target)[f.name] for f in dataclasses.fields(target)}
+    fixed = len(getattr(kind, "args", ()))
+    hints = {f.name: typing.get_type_hints(target)[f.name] for f in dataclasses.fields(target)[fixed:]}
     given: dict[str, ast.AST] = {}
     if call:
         if len(call.args) > len(hints) or any(isinstance(arg, ast.Starred) for arg in call.args):

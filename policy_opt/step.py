@@ -74,17 +74,17 @@ def score(learner: Learner, b: Batch, needs: Sequence[Need], recipe: str) -> dic
     if missing:
         raise BatchError(f"{recipe}: the learner was asked for `{missing[0]}` and returned {sorted(values)}")
     found = {need.name: values[first[need.quantity].name] for need in needs}
-    checked(found, b, recipe)
+    check_shapes(found, b, recipe)
+    check_finite(found, b, recipe)
     return found
 
 
-def checked(values: Mapping[str, Tensor], b: Batch, recipe: str) -> None:
-    """BatchError where what the learner returned has the wrong shape or is not finite on the mask."""
+def check_shapes(values: Mapping[str, Tensor], b: Batch, recipe: str) -> None:
+    """BatchError where what the learner gave has another shape than its name says."""
     try:
         b.over(**values)
     except BatchError as error:
         raise BatchError(f"{recipe}: {error}") from None
-    check_finite(values, b, recipe)
 
 
 def optimize(
@@ -109,20 +109,22 @@ def optimize(
         b = run(path, part, b, ctx)
     needs = tuple({n.name: n for term in terms for n in term.needs if n.when == "loss"}.values())
     loss = Loss.of(terms, b, ctx, b.logp_sampler_BT.dtype)
-    pull = _pull_rows(loss, needs, known) if loss.per_row else _pull_whole(loss, needs, known, ctx)
+    pull = _pull_rows(loss, needs, known, ctx) if loss.per_row else _pull_whole(loss, needs, known, ctx)
     observed = needs if ENTROPY in needs else (*needs, ENTROPY)
     streams = dict(learner.backward(b, observed, pull))
-    checked(streams, b, ctx.recipe)
+    check_shapes(streams, b, ctx.recipe)
+    check_finite(streams, b, ctx.recipe)
     if known.deferred:
         b = b.over(**{column: streams[stream] for column, stream in known.deferred.items()})
     return Taken(b, streams, loss, learner.step(lr_scale))
 
 
-def _pull_rows(loss: Loss, needs: Sequence[Need], known: Known) -> Pull:
+def _pull_rows(loss: Loss, needs: Sequence[Need], known: Known, ctx: Ctx) -> Pull:
     """Cotangents of some rows from their live streams alone."""
 
     def pull(rows_R: Tensor, live: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         some = loss.batch.rows(rows_R)
+        check_shapes(live, some, ctx.recipe)
         if known.deferred:
             some = some.over(**{column: live[stream] for column, stream in known.deferred.items()})
         return loss.cotangents({need.name: live[need.name] for need in needs}, some, rows_R)[1]

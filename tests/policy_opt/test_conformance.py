@@ -1,0 +1,242 @@
+"""Golden numbers: met by the shipped parts, and by the loop's own step; missed by anything perturbed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import policy_opt
+from policy_opt import conformance
+from policy_opt.part import Part
+from policy_opt.vectors import Trace, configure
+from tests.policy_opt import fixed
+
+FOLDER = Path(__file__).resolve().parent.parent / "vectors"
+FILES = sorted(FOLDER.glob("*.json"))
+CONTENT = {path.stem: json.loads(path.read_text()) for path in FILES}
+OURS = sorted(name for name in CONTENT if conformance.recipes_of(name))
+WITH_LOSS = sorted(n for n in OURS if "grad_logp_new" in CONTENT[n]["cases"][0]["outputs"])
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_golden_numbers(method):
+    result = conformance.compare(CONTENT[method])
+    assert result.misses == []
+    wanted = {name for case in CONTENT[method]["cases"] for name in case["outputs"]}
+    assert result.errors.keys() == wanted
+
+
+def test_every_recipe_has_golden_numbers():
+    covered = {recipe.slug for name in OURS for recipe in conformance.recipes_of(name)}
+    assert covered == set(policy_opt.registry.shipped())
+
+
+def parts_called(method: str) -> list[type[Part]]:
+    """Classes of the parts that a method's cases run: stages, accept rule, surrogates, aggregations."""
+    found: dict[type[Part], None] = {}
+    for recipe in conformance.recipes_of(method):
+        for case in CONTENT[method]["cases"]:
+            recipe_now = configure(recipe, case.get("params", {}))
+            trace = Trace(recipe_now, case["inputs"])
+            found.update(dict.fromkeys(type(part) for part, _ in trace.after_part))
+            if recipe_now.curriculum.accept:
+                found[type(recipe_now.curriculum.accept)] = None
+            if trace.streams:
+                on = [term for term in recipe_now.terms if term.on]
+                found.update(dict.fromkeys(type(x) for term in on for x in (term.loss, term.agg)))
+    return list(found)
+
+
+PAIRS = [(method, kind) for method in OURS for kind in parts_called(method)]
+
+
+def perturbed(kind: type[Part]):
+    """The class's call with every number that it gives moved by 1e-3."""
+    if kind.stage == "agg":
+        inner = kind.tokens, kind.rows
+        return {
+            "tokens": lambda self, n, d: inner[0](self, n, d) * 1.001,
+            "rows": lambda self, n, d: inner[1](self, n, d) * 1.001,
+        }
+    call = kind.__call__
+    if kind.stage == "surrogate":
+        return {"__call__": lambda self, s, b: call(self, s, b) * 1.001}
+    if kind.stage == "accept":
+        return {"__call__": lambda self, b, ctx: ~call(self, b, ctx)}
+
+    def moved(self, b, ctx):
+        after = call(self, b, ctx)
+        names = [n for n in after.cols if n not in b.cols or after.cols[n] is not b.cols[n]] or ["reward_B"]
+        return after.over(**{n: after[n] + 1e-3 for n in names})
+
+    return {"__call__": moved}
+
+
+@pytest.mark.parametrize(("method", "kind"), PAIRS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_perturbed_part_is_noticed(method, kind, monkeypatch):
+    if method == "otc" and kind.__module__ == "policy_opt.rewards":
+        pytest.skip("the file holds no token rewards; ppo.json does")
+    for name, function in perturbed(kind).items():
+        monkeypatch.setattr(kind, name, function)
+    assert conformance.compare(CONTENT[method]).misses
+
+
+@pytest.mark.parametrize("method", WITH_LOSS)
+def test_the_loop_pulls_the_golden_cotangents(method):
+    """What training pushes through the model is d loss / d logp of the file, also split into single rows."""
+    (recipe,) = conformance.recipes_of(method)
+    for case in CONTENT[method]["cases"]:
+        inputs = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["inputs"].items()}
+        now = configure(recipe, case["params"])
+        if "token_advantages" in inputs:
+            now = now.replace(advantage=(Given(),))
+        b = fixed.batch(
+            inputs["rewards"].tolist(),
+            case["inputs"]["group"],
+            case["inputs"]["mask"],
+            length_B=inputs.get("response_lengths", inputs["rewards"]),
+            **({"given_BT": inputs["token_advantages"]} if "token_advantages" in inputs else {}),
+        )
+        now = now.replace(
+            curriculum=policy_opt.curriculum.Curriculum(accept=now.curriculum.accept, max_rounds=1)
+        )
+        kept = now.curriculum.screen(b, policy_opt.Ctx())
+        given = {k: v[kept] for k, v in inputs.items() if v.ndim == 2}
+        for micro_rows in (1, 100):
+            learner = fixed.run(fixed.whole(now), b, given, micro_rows=micro_rows)[2]
+            expected = torch.tensor(case["outputs"]["grad_logp_new"], dtype=torch.float64)[kept]
+            torch.testing.assert_close(learner.cotangents[0]["logp_BT"], expected, rtol=1e-6, atol=1e-9)
+
+
+class Given(Part):
+    """Advantages that come with the batch."""
+
+    stage = "advantage"
+    facts = frozenset({"given_BT"})
+    writes = frozenset({"adv_BT"})
+
+    def __call__(self, b, ctx):
+        return b.put(adv_BT=b["given_BT"])
+
+
+# -- the command ----------------------------------------------------------------------------------------
+
+
+def test_command_prints_errors_and_succeeds(capsys):
+    assert conformance.main([str(path) for path in FILES if path.stem in OURS]) == 0
+    out = capsys.readouterr().out
+    assert "grpo.json: grpo, 2 cases, met" in out and "grad_logp_new" in out
+
+
+def altered(tmp_path, change) -> str:
+    content = json.loads(json.dumps(CONTENT["grpo"]))
+    change(content)
+    path = tmp_path / "altered.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["cases"][0]["outputs"].update(loss=1.0), "MISS no_kl: loss is"),
+        (lambda c: c["cases"][0]["outputs"].update(loss=None), "not None"),
+        (lambda c: c["cases"][0]["outputs"].update(loss=[1.0]), "has another shape"),
+        (lambda c: c["cases"][0]["outputs"].update(loss={"a": 1.0}), "has other keys"),
+        (lambda c: c["cases"][0]["outputs"].update(lost=1.0), "lost is not computed"),
+        (lambda c: c["cases"][0]["params"].update(clip_epz=1.0), "did you mean `clip_eps`"),
+        (lambda c: c["cases"][0]["params"].update(loss_agg="sum"), "none of seq-mean-token-mean"),
+        (lambda c: c["cases"][0]["params"].update(clip_eps=-1.0), "widths >= 0"),
+    ],
+)
+def test_command_names_a_miss_and_exits_1(tmp_path, capsys, change, said):
+    assert conformance.main([altered(tmp_path, change)]) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_command_on_unusable_files(tmp_path, capsys):
+    unknown = altered(tmp_path, lambda c: c.update(method="grop"))
+    assert conformance.main([unknown]) == 1
+    assert "did you mean `grpo`" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text("{")
+    assert conformance.main([str(tmp_path / "bad.json"), str(tmp_path / "none.json")]) == 1
+    err = capsys.readouterr().err
+    assert "JSONDecodeError" in err and "FileNotFoundError" in err
+    assert conformance.main([]) == 2 and conformance.main(["--help"]) == 0
+
+
+def test_a_method_outside_policy_opt_is_found_by_entry_point(tmp_path, monkeypatch, capsys):
+    """A real distribution on the path declares a subject in the group palaestra.conformance."""
+    (tmp_path / "subject_of_ours.py").write_text(
+        "def double(inputs, params):\n    return {'y': [2 * x for x in inputs['x']]}\n"
+    )
+    info = tmp_path / "subject_of_ours-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: subject-of-ours\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[palaestra.conformance]\ndoubling = subject_of_ours:double\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "doubling.json"
+    case = {"name": "a", "inputs": {"x": [1, 2.5]}, "outputs": {"y": [2.0, 5.0]}}
+    path.write_text(json.dumps({"method": "doubling", "cases": [case]}))
+    assert conformance.main([str(path)]) == 0
+    assert "doubling, 1 cases, met" in capsys.readouterr().out
+    sys.modules.pop("subject_of_ours", None)
+
+
+# -- the function, not the file -------------------------------------------------------------------------
+
+
+def outputs(method: str, inputs: dict, params: dict, *wanted: str) -> dict:
+    return conformance.drive(conformance.recipes_of(method), inputs, params, wanted)
+
+
+def test_edge_cases_of_the_specifications():
+    """Cases that the files do not hold, worked by hand."""
+    base = {
+        "logp_new": [[-1.0, -1.0]],
+        "logp_old": [[-1.0, -1.0]],
+        "mask": [[1, 1]],
+        "rewards": [3.0],
+        "group": [9],
+    }
+    params = {"adv_eps": 1.0, "std_ddof": 1, "clip_eps": 0.2, "kl_beta": 0.0, "loss_agg": "token-mean"}
+    single = outputs("grpo", base, params, "advantages", "loss", "kl_loss", "clip_frac")
+    assert single == {"advantages": [1.5], "loss": -1.5, "kl_loss": 0.0, "clip_frac": 0.0}
+    empty = outputs("grpo", {**base, "mask": [[0, 0]]}, params, "loss", "grad_logp_new", "clip_frac")
+    assert empty == {"loss": 0.0, "grad_logp_new": [[0.0, 0.0]], "clip_frac": 0.0}
+    assert outputs(
+        "gspo", {**base, "mask": [[0, 0]]}, {"eps_low": 0.1, "eps_high": 0.1}, "seq_ratio", "loss"
+    ) == {
+        "seq_ratio": [1.0],
+        "loss": 0.0,
+    }
+    alone = outputs("dr_grpo", base, {"clip_eps": 0.2, "max_completion_length": 4}, "advantages")
+    assert alone == {"advantages": [0.0]}
+    dropped = outputs(
+        "dapo",
+        {**base, "response_lengths": [21]},
+        {"max_len": 20, "cache_len": 4, "overlong_factor": 2.0, "dynamic_sampling": True},
+        "overlong_penalty", "shaped_rewards", "group_keep", "advantages", "loss",
+    )  # fmt: skip
+    assert dropped == {
+        "overlong_penalty": [-2.0], "shaped_rewards": [1.0], "group_keep": [0.0], "advantages": [0.0],
+        "loss": 0.0,
+    }  # fmt: skip
+
+
+def test_otc_without_any_correct_rollout():
+    inputs = {"tool_calls": [0, 3], "base_rewards": [0.0, 0.2], "group": ["q", "q"], "n_history": {"q": None}}
+    params = {"c": 4.0, "alpha": 2.0, "correct_threshold": 0.5, "std_ddof": 0, "eps": 0.0}
+    wanted = ("n_used", "n_history_after", "f_map", "r_tool_grpo", "shaped_reward_grpo", "advantages_grpo")
+    found = outputs("otc", inputs, params, *wanted)
+    assert found["n_used"] == found["n_history_after"] == {"q": None}
+    assert found["f_map"] == [None, None] and found["r_tool_grpo"] == [1.0, 1.0]
+    assert found["shaped_reward_grpo"] == [0.0, 0.4]
+    assert found["advantages_grpo"] == pytest.approx([-1.0, 1.0])
+    assert outputs("otc", {**inputs, "tool_calls": [0, 0]}, params, "tool_productivity") == {
+        "tool_productivity": None
+    }
