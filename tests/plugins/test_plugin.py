@@ -44,3 +44,27 @@ def test_the_plugin_is_listed_and_keeps_the_contract(installed):
     checked = run(installed, "-m", "envs", "check", "key_cabinet", "--json")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert json.loads(checked.stdout)["ok"] is True
+
+
+SMALL = ("--steps", "2", "--groups", "2", "--group-size", "4", "--train-tasks", "20", "--warm.episodes", "12",
+         "--warm.epochs", "1", "--warm.no-cache", "--eval.episodes", "8", "--eval.hard-episodes", "0", "--json",
+         "--plain")  # fmt: skip
+
+
+def test_two_steps_of_training_on_the_plugin(installed, tmp_path):
+    done = run(installed, "-m", "agents.train", "--env", "key_cabinet", "--runs", str(tmp_path), *SMALL)
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert len(last["success_after"]) == 3
+    steps = [json.loads(line)["step"] for line in (Path(last["run"]) / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+
+
+def test_two_steps_of_training_on_questions_of_ones_own(tmp_path):
+    rows = [{"question": f"Repeat {i}.", "answer": str(i)} for i in range(100, 140)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "my_reward.py").write_text("def near(text, row):\n    return float(row['answer'] in text)\n")
+    done = run(tmp_path, "-m", "agents.train", "--env", "jsonl:questions.jsonl", "--reward", "my_reward:near",
+               "--runs", str(tmp_path / "runs"), *SMALL)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["success_before"]) == 3
