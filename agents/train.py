@@ -77,11 +77,13 @@ def _run(config: TrainConfig, world: World) -> int:
         trainer = Trainer(session, folder, display)
         try:
             if config.resume:
-                path = world.from_main(_checkpoint_of(config, display) if world.main else None)
-                trainer.restore(path)
+                trainer.restore(world.from_main(_checkpoint_of(config, display) if world.main else None))
             summary = trainer.run()
         except Interrupted as stop:
             return _interrupted(stop, folder, display)
+        finally:
+            if folder is not None:
+                folder.close()
     if world.main:
         _report(summary, trainer, config)
     return 0
