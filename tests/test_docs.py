@@ -47,6 +47,13 @@ def test_generated_tables_are_up_to_date(page, tmp_path):
         assert found["table"].strip() == done.stdout.strip(), f"{page}: paste the output of `{found['command']}`"
 
 
+def test_the_flat_loop_trains_on_what_was_sampled():
+    done = run([sys.executable, str(ROOT / "docs" / "flat_loop.py"), "1"], ROOT)
+    assert done.returncode == 0, done.stderr
+    gap = float(done.stdout.split()[-1])
+    assert gap < 1e-3  # the bundled model before its warm start, in float32
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["locker.py", "half_grpo.py"])
 def test_commands_beside_a_file_run(name, tmp_path):
