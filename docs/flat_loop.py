@@ -3,8 +3,8 @@
     python docs/flat_loop.py [ITERATIONS]
 
 `agents.train` does the same through `policy_opt.loop`, and adds what a run needs: a warm start, evaluation,
-any recipe, micro-batches, checkpoints, several processes, a report. Suffixes are shapes: B episodes, T tokens,
-V words.
+any recipe, micro-batches, checkpoints, several processes, a report. Suffixes are shapes: B episodes, T
+tokens, V words.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What README and CONTRIBUTING show is what the project does: their code runs, their tables are up to date."""
+"""What README and CONTRIBUTING show is what the project does: their code runs, their tables are fresh."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def test_generated_tables_are_up_to_date(page, tmp_path):
         command = found["command"].split()
         done = run([sys.executable, *command[1:]], tmp_path)
         assert done.returncode == 0, done.stderr
-        assert found["table"].strip() == done.stdout.strip(), f"{page}: paste the output of `{found['command']}`"
+        stale = f"{page}: paste the output of `{found['command']}`"
+        assert found["table"].strip() == done.stdout.strip(), stale
 
 
 def test_the_flat_loop_trains_on_what_was_sampled():
