@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -70,8 +69,8 @@ class ChatFormat:
     ) -> None:
         self.tokenizer = tokenizer
         self.template_kwargs = dict(template_kwargs or {})
-        self._renders: OrderedDict[Any, _Render] = OrderedDict()
-        self._texts: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._renders: dict[Any, _Render] = {}
+        self._texts: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, tuple[int, ...]] = {}
         self._tools_seen: tuple[Any, str] = ((), "")
         if not getattr(tokenizer, "chat_template", None):
@@ -140,9 +139,7 @@ class ChatFormat:
         blocks, texts = tail
         ids = self._ids(blocks, texts)
         if ids[:1] != [self.stop_ids[0]]:
-            raise ChatFormatError(
-                "the template closes an assistant's turn differently before these messages"
-            )
+            raise ChatFormatError("the template closes an assistant's turn differently before these messages")
         return ids[1:] if stopped else ids
 
     def rewrites(
@@ -159,10 +156,10 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a sampled turn, its stop token left out. Never to be tokenised again for training."""
-        body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
-        return self.tokenizer.decode(
-            list(body), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        body = list(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+        if getattr(self.tokenizer, "is_fast", False):  # the same, without transformers' conversions around it
+            return self.tokenizer.backend_tokenizer.decode(body, skip_special_tokens=False)
+        return self.tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of a text alone; no special token or role marker can come out, whatever the text says."""
@@ -219,7 +216,9 @@ class ChatFormat:
         return "branch" if rewriting else "append"
 
     def _accepts(self, messages: Messages, last: int, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
-        """Whether the template renders these messages and ends with the texts of the last so many, in order."""
+        """Whether the template renders these messages and ends with the texts of the last so many, in
+        order.
+        """
         skeleton, texts = _skeleton(messages)
         try:
             blocks = self._render(skeleton, tools, generate=True).blocks
@@ -294,7 +293,6 @@ class ChatFormat:
         key = (shape, self._tools_key(tools) if tools else "", generate)
         known = self._renders.get(key)
         if known is not None:
-            self._renders.move_to_end(key)
             return known
         try:
             text = self.tokenizer.apply_chat_template(
@@ -432,8 +430,9 @@ def _added_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:
     return {text: entry for text, entry in table.items() if text}
 
 
-def _remember(cache: OrderedDict, key: Any, value: Any, limit: int) -> Any:
+def _remember(cache: dict, key: Any, value: Any, limit: int) -> Any:
+    """Cache a value; a full cache is emptied (plain dicts bear several threads, and this is rare)."""
+    if len(cache) >= limit:
+        cache.clear()
     cache[key] = value
-    if len(cache) > limit:
-        cache.popitem(last=False)
     return value

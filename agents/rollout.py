@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -226,11 +227,15 @@ class EnvPool:
     """Environments that wait for their next episode. Those that failed are closed, not used again."""
 
     def __init__(self, make_env: MakeEnv) -> None:
-        self._make, self._idle = make_env, []
+        self._make = make_env
+        self._idle: deque[Any] = deque()  # its ends are safe to use from several threads
 
     def take(self) -> Any:
         """An idle environment, or a new one."""
-        return self._idle.pop() if self._idle else self._make()
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._make()
 
     def give(self, env: Any, *, broken: bool) -> None:
         """Hand an environment back."""
@@ -250,7 +255,7 @@ def play(
     jobs: Sequence[Job],
     make_env: MakeEnv,
     chat: ChatFormat,
-    engine: Engine,
+    engine: Engine | Sequence[Engine],
     limits: Limits,
     seed: int,
     version: int | None = None,
@@ -266,7 +271,9 @@ def play(
         jobs: which tasks; (group, member) names the episode and, with the run's seed, its random streams.
         make_env: builds an environment; called at most once per concurrent episode.
         chat: messages to tokens.
-        engine: samples; it is reset first, because what it keeps may be of older weights.
+        engine: samples; it is reset first, because what it keeps may be of older weights. Several engines
+            over one model play their shares of the groups in threads of their own, for small models on idle
+            cores.
         limits: what an episode may use up.
         seed: the run's seed.
         version: policy version for the record; None takes the engine's.
@@ -280,40 +287,89 @@ def play(
         ChatFormatError: the chat template cannot render this environment's messages.
     """
     _check(jobs)
-    engine.reset()
+    engines = list(engine) if isinstance(engine, Sequence) else [engine]
     own = EnvPool(make_env) if pool is None else pool
+    tally = _Tally(len(jobs), on_progress)
+    run = partial(
+        _play_share, chat=chat, limits=limits, seed=seed, version=version, options=options or {},
+        workers=workers, pool=own, tally=tally,
+    )  # fmt: skip
+    shares = _shares(jobs, len(engines))
+    if len(engines) == 1:
+        played = [run(shares[0], engines[0])]
+    else:
+        with ThreadPoolExecutor(len(engines), thread_name_prefix="engine") as threads:
+            played = list(threads.map(run, shares, engines))
+    if pool is None:
+        own.close()
+    by_key = {key: trajectory for share in played for key, trajectory in share.items()}
+    return [by_key[key_of(job)] for job in jobs]
+
+
+def _shares(jobs: Sequence[Job], n: int) -> list[list[Job]]:
+    """Whole groups dealt out in turn, in the order of their first job."""
+    groups: dict[int, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.group, []).append(job)
+    return [[job for group in list(groups.values())[i::n] for job in group] for i in range(n)]
+
+
+def _play_share(
+    jobs: Sequence[Job],
+    engine: Engine,
+    *,
+    chat: ChatFormat,
+    limits: Limits,
+    seed: int,
+    version: int | None,
+    options: Mapping[str, Any],
+    workers: int,
+    pool: EnvPool,
+    tally: _Tally,
+) -> dict[Key, Trajectory]:
+    """Play jobs on one engine: admit, sample, step, until all are over."""
+    engine.reset()
     version = engine.version if version is None else version
-    waiting, running, finished, tokens = deque(jobs), {}, {}, 0
+    waiting, running, finished = deque(jobs), dict[Key, Playing](), dict[Key, Trajectory]()
     with _each(workers) as each:
         while waiting or running:
             fresh = [
-                Playing(Episode(waiting.popleft(), own.take(), seed, limits), chat, engine, limits, version)
+                Playing(Episode(waiting.popleft(), pool.take(), seed, limits), chat, engine, limits, version)
                 for _ in range(min(len(waiting), engine.rows - len(running)))
             ]
             running |= {p.key: p for p in fresh}
-            each(lambda p: p.episode.reset(options or {}), fresh)
+            each(lambda p: p.episode.reset(options), fresh)
             for p in fresh:
                 p.open()
             heard = []
             for key, turn in engine.run():
                 running[key].hear(turn)
                 heard.append(running[key])
-                tokens += len(turn.ids)
             each(Playing.speak, heard)
             for p in heard:
                 p.follow()
-            once = {p.key: p for p in (*fresh, *heard)}   # a fresh episode may be over within this very round
-            over = [p for p in once.values() if p.episode.over]
-            for p in over:
+            over = {p.key: p for p in (*fresh, *heard) if p.episode.over}
+            for p in over.values():
                 engine.close(p.key)
-                del running[p.key]
-                finished[p.key] = p.episode.result
-                own.give(p.episode.env, broken=p.episode.broken)
-            if over and on_progress is not None:
-                on_progress(Progress(len(finished), len(jobs), tokens))
-    if pool is None:
-        own.close()
-    return [finished[key_of(job)] for job in jobs]
+                finished[p.key] = running.pop(p.key).episode.result
+                pool.give(p.episode.env, broken=p.episode.broken)
+            tally.add(len(over), sum(len(p.turn.ids) for p in heard))
+    return finished
+
+
+class _Tally:
+    """Counts episodes and tokens of all threads and tells whoever wants to know."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None) -> None:
+        self._done = self._tokens = 0
+        self._total, self._tell, self._lock = total, on_progress, Lock()
+
+    def add(self, done: int, tokens: int) -> None:
+        """So many more episodes are over, so many more tokens sampled."""
+        with self._lock:
+            self._done, self._tokens = self._done + done, self._tokens + tokens
+            if done and self._tell is not None:
+                self._tell(Progress(self._done, self._total, self._tokens))
 
 
 def play_text(
@@ -335,21 +391,15 @@ def play_text(
     """
     _check(jobs)
     own = EnvPool(make_env) if pool is None else pool
-    done = tokens = 0
-    lock = Lock()
+    tally = _Tally(len(jobs), on_progress)
 
     def one(job: Job) -> Trajectory:
-        nonlocal done, tokens
-        with lock:
-            env = own.take()
+        env = own.take()
         episode = Episode(job, env, seed, limits)
         episode.reset(options or {})
-        used = 0 if episode.over else _converse(episode, speaker, limits)
-        with lock:
-            own.give(env, broken=episode.broken)
-            done, tokens = done + 1, tokens + used
-            if on_progress is not None:
-                on_progress(Progress(done, len(jobs), tokens))
+        tokens = 0 if episode.over else _converse(episode, speaker, limits)
+        own.give(env, broken=episode.broken)
+        tally.add(1, tokens)
         return episode.result
 
     with _each(workers) as each:

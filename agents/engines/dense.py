@@ -1,9 +1,9 @@
 """The forward of Llama-like decoders (Llama, Mistral, Qwen2, Qwen3), written out for one flat row of tokens.
 
-Small models spend most of a decoding step between the matrix products: module calls, norms cast back and forth,
-rotary embeddings in many small pieces. Here the same numbers come from about a third of the operations, on the
-model's own parameters where they can be used as they stand. `HFEngine` uses it for small models of these classes,
-and only after it has reproduced the model's own log-probs.
+Small models spend most of a decoding step between the matrix products: module calls, norms cast back and
+forth, rotary embeddings in many small pieces. Here the same numbers come from about a third of the
+operations, on the model's own parameters where they can be used as they stand. `HFEngine` uses it for small
+models of these classes, and only after it has reproduced the model's own log-probs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from agents.engines.slots import Plan, Slots
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")  # a function of the position alone
-_LARGEST = 50_000_000  # parameters; beyond, the products dominate and a second copy of weights is not worth it
+_LARGEST = (
+    50_000_000  # parameters; beyond, the products dominate and a second copy of weights is not worth it
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Layer:
     """One layer's weights as they are used."""
 
     qkv: Tensor
-    """Query, key and value projections under each other, scaled by the norm before them; [(H + 2 Hkv) D, hidden].
+    """Query, key and value projections under each other, scaled by the norm before them; [(H + 2 Hkv) D,
+    hidden].
 
-    Within each query and key head the rotated pairs stand side by side, so that rotation is a complex product.
+    Within each query and key head the rotated pairs stand side by side, so that rotation is a complex
+    product.
     """
     qkv_bias: Tensor | None
     head_norm: Tensor | None
@@ -53,7 +57,7 @@ class DenseForward:
         self.model = model
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.eps = config.rms_norm_eps
+        self.eps, self.width = config.rms_norm_eps, config.hidden_size
         weight = model.get_input_embeddings().weight
         positions = torch.arange(max_context, device=weight.device)[None]
         cos, sin = model.model.rotary_emb(weight[:1], positions)
@@ -68,7 +72,9 @@ class DenseForward:
         if type(model).__name__ not in _CLASSES or model.num_parameters() > _LARGEST:
             return False
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        plain = all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "lora_A"))
+        plain = all(
+            type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "lora_A")
+        )
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         single = model.dtype in (torch.float32, torch.float64)
         return plain and single and rope in _ROPES and config.hidden_act == "silu" and not sliding
@@ -77,12 +83,13 @@ class DenseForward:
         """Take over the model's present weights."""
         inner = self.model.model
         self.embed = inner.embed_tokens.weight.detach()
-        self.head = self.model.lm_head.weight.detach() * inner.norm.weight.detach()
+        self.head = self.model.lm_head.weight.detach() * (inner.norm.weight.detach() * self.width**0.5)
         self.layers = [self._layer(layer) for layer in inner.layers]
 
     def _layer(self, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
-        before, after = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        before, after = (norm.weight.detach() * self.width**0.5 for norm in norms)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         order = self._paired(projections[0].weight.device)
         rotated = (self.heads + self.kv_heads) * self.head_dim
@@ -96,7 +103,8 @@ class DenseForward:
         scale = self.head_dim**-0.5
         if getattr(attention, "q_norm", None) is not None:
             q = (attention.q_norm.weight.detach() * scale)[order].expand(self.heads, -1)
-            norm = torch.cat([q, attention.k_norm.weight.detach()[order].expand(self.kv_heads, -1)])
+            k = attention.k_norm.weight.detach()[order].expand(self.kv_heads, -1)
+            norm = torch.cat([q, k]) * self.head_dim**0.5
         else:
             qkv[: self.heads * self.head_dim] *= scale
             if bias is not None:
@@ -131,9 +139,13 @@ class DenseForward:
         seen = slots.attend(qk[:, : self.heads], index, 1.0)
         x = torch.addmm(x, seen.reshape(n, -1), layer.out)
         h = _normed(x, self.eps)
-        return torch.addmm(x, F.silu(F.linear(h, layer.gate), inplace=True).mul_(F.linear(h, layer.up)), layer.down)
+        return torch.addmm(
+            x, F.silu(F.linear(h, layer.gate), inplace=True).mul_(F.linear(h, layer.up)), layer.down
+        )
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
-    """x over its root mean square in the last dimension; the norm's weights are part of what follows."""
-    return x * (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt_()[..., None]
+    """x over its length in the last dimension: RMSNorm less its weights and a factor sqrt(n), which are part
+    of the weights that follow.
+    """
+    return x * torch.linalg.vecdot(x, x).add_(x.shape[-1] * eps).rsqrt_()[..., None]

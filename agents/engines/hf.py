@@ -32,6 +32,7 @@ _MIN_PREFIX = 16  # a shared prefix shorter than this is not worth a forward of 
 _FED_TOKENS = 4096  # environment tokens per forward; bounds the attention mask's size
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of log-probs, in the check at start-up
 _COARSE = 0.25  # the same for half precisions
+_GATHER = 8  # rows in a turn per waiting row at which the waiting ones are fed
 _SPARSE = 1.3  # slots per row in a turn above which rows are moved together
 
 
@@ -206,7 +207,9 @@ class HFEngine:
     # ------------------------------------------------------------------ start-up
 
     def _verify(self) -> None:
-        """Find the fastest forward that reproduces the model's log-probs over two short turns on four rows."""
+        """Find the fastest forward that reproduces the model's log-probs over two short turns on four
+        rows.
+        """
         limit = _TOLERANCE.get(next(self.model.parameters()).dtype, _COARSE)
         ways = [lambda: DenseForward(self.model, self.max_context)] if DenseForward.suits(self.model) else []
         problem = ""
@@ -274,6 +277,8 @@ class HFEngine:
         """
         fed: list[Fed] = []
         copies: list[tuple[Row, Row]] = []
+        if len(self._waiting) * _GATHER < len(self._decoding.rows):
+            return fed, copies
         seen: dict[tuple[int, ...], Row] = {}
         room = _FED_TOKENS
         for row in sorted(self._waiting.values(), key=lambda row: row.key):

@@ -79,6 +79,6 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], s
         fed_slot_P=torch.tensor([f.row.slot for f in fed], device=slots.device),
         fed_index_PC=torch.from_numpy(pad_PC).to(slots.device),
         fed_real_N=real_N,
-        fed_mask_PCL=torch.from_numpy(mask_PCL).to(slots.device),
+        fed_bias_PCL=torch.from_numpy(np.where(mask_PCL, 0.0, -np.inf).astype(np.float32)).to(slots.device),
         fed_reach=reach,
     )

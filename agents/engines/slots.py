@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ class UnsupportedAttention(RuntimeError):
 
 @dataclass
 class Plan:
-    """What one forward does. Index tensors live on the model's device. N flat tokens, D rows decoding, P
-    fed.
+    """What one forward does. N flat tokens, D rows decoding (one token each), P rows fed (up to C tokens
+    each).
+
+    Index tensors live on the model's device.
     """
 
     ids_N: Tensor
@@ -45,7 +48,7 @@ class Plan:
     slot_N: Tensor
     """Slot of each token."""
     index_N: Tensor
-    """Place within the slot: position minus the length of the shared prefix, for rows that have it."""
+    """Place within the slot: the position, less the length of the shared prefix where the row has it."""
     keep_R: Tensor
     """Flat indices whose logits are wanted."""
     n_decode: int
@@ -55,17 +58,15 @@ class Plan:
     reach: int
     """One more than the highest place that a decoding row attends to."""
     dense: bool
-    """Whether the decoding rows are exactly the slots 0..span-1 in order."""
+    """Whether the decoding rows are exactly the slots 0..span-1, in order."""
     fed_slot_P: Tensor | None = None
     """Slots of the fed rows."""
     fed_index_PC: Tensor | None = None
-    """Flat index, counted after the decoding tokens, of each fed row's tokens; padded by repeating the
-    last.
-    """
+    """Tokens of each fed row, counted after the decoding ones; padded by repeating the row's last."""
     fed_real_N: Tensor | None = None
-    """Where the tokens after the decoding ones stand in the padded [P * C] layout."""
-    fed_mask_PCL: Tensor | None = None
-    """True where a fed token may attend: shared prefix first, then the slot's places."""
+    """Where each of these tokens stands in the padded [P * C] layout."""
+    fed_bias_PCL: Tensor | None = None
+    """0 where a fed token may attend, else -inf: shared prefix first, then the slot's places."""
     fed_reach: int = 0
     """One more than the highest place that a fed row attends to."""
 
@@ -86,6 +87,8 @@ class Slots(Cache):
         self.shares_S = torch.zeros(rows, device=device)  # 0 where a slot reads the shared prefix, else -inf
         self.plan: Plan | None = None
         self._flat: Tensor | None = None
+        self._bias_S1L: Tensor | None = None
+        self._prefix_by_head: dict[int, tuple[Tensor, Tensor]] = {}
 
     # ------------------------------------------------------------------ memory
 
@@ -108,7 +111,7 @@ class Slots(Cache):
         """Forget all slots and the shared prefix."""
         self.open_SL.fill_(float("-inf"))
         self.shares_S.zero_()
-        self.prefix_ids, self.prefix_keys, self.prefix_values = (), [], []
+        self.prefix_ids, self.prefix_keys, self.prefix_values, self._prefix_by_head = (), [], [], {}
 
     def copy(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy the first `length` places of slots `source` [n] to slots `target` [n]."""
@@ -129,7 +132,7 @@ class Slots(Cache):
 
     def begin(self, plan: Plan) -> None:
         """Announce the next forward."""
-        self.plan, self._flat = plan, None
+        self.plan, self._flat, self._bias_S1L = plan, None, None
         self.open_SL[plan.slot_N, plan.index_N] = 0.0
 
     # ------------------------------------------------------------------ transformers' cache protocol
@@ -151,7 +154,9 @@ class Slots(Cache):
         keys, values = self.keys[layer], self.values[layer]
         flat = self._flat_index(key_NHD.shape[1])
         keys.view(-1, keys.shape[-1]).index_copy_(0, flat, key_NHD.reshape(-1, keys.shape[-1]).to(keys.dtype))
-        values.view(-1, values.shape[-1]).index_copy_(0, flat, value_NHD.reshape(-1, values.shape[-1]).to(values.dtype))
+        values.view(-1, values.shape[-1]).index_copy_(
+            0, flat, value_NHD.reshape(-1, values.shape[-1]).to(values.dtype)
+        )
 
     def _flat_index(self, heads: int) -> Tensor:
         """Places of the plan's tokens in the flattened [rows * heads * length] memory, token-major."""
@@ -167,71 +172,78 @@ class Slots(Cache):
 
     # ------------------------------------------------------------------ attention
 
-    def attend(self, query_NHD: Tensor, layer: int, scale: float) -> Tensor:
-        """Attention of the plan's N tokens in layer `layer`: [N, H, D] -> [N, H, Dv]."""
+    def attend(self, query_NHE: Tensor, layer: int, scale: float) -> Tensor:
+        """Attention of the plan's N tokens in layer `layer`: [N, H, E] -> [N, H, E of the values]."""
+        if scale != 1.0:
+            query_NHE = query_NHE * scale
         d = self.plan.n_decode
-        if d == len(query_NHD):
-            return self._decode(query_NHD, layer, scale)
-        fed = self._fed(query_NHD[d:], layer, scale)
-        return fed if d == 0 else torch.cat([self._decode(query_NHD[:d], layer, scale), fed])
+        if d == len(query_NHE):
+            return self._decode(query_NHE, layer)
+        fed = self._fed(query_NHE[d:], layer)
+        return fed if d == 0 else torch.cat([self._decode(query_NHE[:d], layer), fed])
 
-    def _decode(self, query_DHE: Tensor, layer: int, scale: float) -> Tensor:
+    def _decode(self, query_DHE: Tensor, layer: int) -> Tensor:
+        """One query per row, against the slots in place and the shared prefix; one softmax over both."""
         plan, keys, values = self.plan, self.keys[layer], self.values[layer]
-        span, reach, kv_heads = plan.span, plan.reach, keys.shape[1]
-        d, heads, e = query_DHE.shape
-        query_DHE = query_DHE * scale
+        span, reach, (heads, e) = plan.span, plan.reach, query_DHE.shape[1:]
         if plan.dense:
-            query_SHE = query_DHE
+            query_SHE = query_DHE.contiguous()
         else:
-            query_SHE = query_DHE.new_zeros(span, heads, e)
-            query_SHE[plan.slot_N[:d]] = query_DHE
-        packed = query_SHE.reshape(span * kv_heads, heads // kv_heads, e)
-        k = keys.view(-1, *keys.shape[2:])[: span * kv_heads, :reach]
-        v = values.view(-1, *values.shape[2:])[: span * kv_heads, :reach]
-        score = torch.bmm(packed, k.transpose(1, 2)).view(span, heads, reach)
-        score = score + self.open_SL[:span, None, :reach].to(score.dtype)
-        if not self.prefix_ids:
-            weight = score.softmax(-1)
-            out = torch.bmm(weight.view(span * kv_heads, -1, reach), v)
-        else:
-            out = self._with_prefix(packed, score, v, layer)
-        out = out.view(span, heads, -1)
-        return out if plan.dense else out[plan.slot_N[:d]]
+            query_SHE = query_DHE.new_zeros(span, heads, e).index_copy_(
+                0, plan.slot_N[: plan.n_decode], query_DHE
+            )
+        each = span * keys.shape[1]  # a small product for every slot and key head
+        packed = query_SHE.view(each, -1, e)
+        score = torch.bmm(packed, keys.flatten(0, 1)[:each, :reach].transpose(1, 2)).view(span, heads, reach)
+        p = len(self.prefix_ids)
+        if p:
+            prefix_key, prefix_value = self._prefix_of(layer, heads)
+            shared = torch.bmm(query_SHE.transpose(0, 1), prefix_key)  # one dense product per head
+            score = torch.cat([shared.transpose(0, 1), score], -1)
+        weight = score.add_(self._bias(score.dtype)).softmax(-1)
+        own = torch.bmm(weight.view(each, -1, p + reach)[..., p:], values.flatten(0, 1)[:each, :reach])
+        out = own.view(span, heads, -1)
+        if p:
+            out = out.add_(torch.bmm(weight[..., :p].transpose(0, 1), prefix_value).transpose(0, 1))
+        return out if plan.dense else out.index_select(0, plan.slot_N[: plan.n_decode])
 
-    def _with_prefix(self, packed: Tensor, score_SHL: Tensor, v: Tensor, layer: int) -> Tensor:
-        """One softmax over the shared prefix and the slot; the prefix part is a dense product over all
-        rows.
-        """
-        pk, pv = self.prefix_keys[layer], self.prefix_values[layer]
-        span, heads, reach = score_SHL.shape
-        kv_heads, p = pk.shape[:2]
-        group, e = heads // kv_heads, packed.shape[-1]
-        by_head = packed.view(span, kv_heads, group, e).transpose(0, 1).reshape(kv_heads, span * group, e)
-        shared = torch.bmm(by_head, pk.transpose(1, 2)).view(kv_heads, span, group, p).transpose(0, 1)
-        shared = shared.reshape(span, heads, p) + self.shares_S[:span, None, None].to(shared.dtype)
-        weight = torch.cat([shared, score_SHL], -1).softmax(-1)
-        own = torch.bmm(weight[..., p:].reshape(span * kv_heads, group, reach), v)
-        weight_p = weight[..., :p].reshape(span, kv_heads, group, p).transpose(0, 1)
-        common = torch.bmm(weight_p.reshape(kv_heads, span * group, p), pv)
-        common = common.view(kv_heads, span, group, -1).transpose(0, 1).reshape(own.shape)
-        return own + common
-
-    def _fed(self, query_NHE: Tensor, layer: int, scale: float) -> Tensor:
+    def _fed(self, query_NHE: Tensor, layer: int) -> Tensor:
+        """Several queries per row, against a copy of the rows' slots."""
         plan, keys, values = self.plan, self.keys[layer], self.values[layer]
         heads, e = query_NHE.shape[1:]
         rows, longest = plan.fed_index_PC.shape
-        kv_heads, group = keys.shape[1], heads // keys.shape[1]
-        query = query_NHE[plan.fed_index_PC.flatten()].view(rows, longest, kv_heads, group, e)
+        kv_heads = keys.shape[1]
+        group = heads // kv_heads
+        query = query_NHE.index_select(0, plan.fed_index_PC.flatten()).view(rows, longest, kv_heads, group, e)
         query = query.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * longest, e)
-        k = keys[plan.fed_slot_P, :, : plan.fed_reach]
-        v = values[plan.fed_slot_P, :, : plan.fed_reach]
+        k, v = keys[plan.fed_slot_P, :, : plan.fed_reach], values[plan.fed_slot_P, :, : plan.fed_reach]
         if self.prefix_ids:
             k = torch.cat([self.prefix_keys[layer].expand(rows, -1, -1, -1), k], 2)
             v = torch.cat([self.prefix_values[layer].expand(rows, -1, -1, -1), v], 2)
-        mask = plan.fed_mask_PCL.repeat(1, group, 1)[:, None]
-        out = F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
+        bias = plan.fed_bias_PCL.to(query.dtype)
+        bias = bias.repeat(1, group, 1) if group > 1 else bias
+        out = F.scaled_dot_product_attention(query, k, v, attn_mask=bias[:, None], scale=1.0)
         out = out.view(rows, kv_heads, group, longest, -1).permute(0, 3, 1, 2, 4)
-        return out.reshape(rows * longest, heads, -1)[plan.fed_real_N]
+        return out.reshape(rows * longest, heads, -1).index_select(0, plan.fed_real_N)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        """What decoding rows may attend to, as 0 or -inf: [span, 1, prefix + reach]; one for all layers."""
+        if self._bias_S1L is None:
+            open_SL = self.open_SL[: self.plan.span, : self.plan.reach]
+            if self.prefix_ids:
+                shares = self.shares_S[: self.plan.span, None].expand(-1, len(self.prefix_ids))
+                open_SL = torch.cat([shares, open_SL], -1)
+            self._bias_S1L = open_SL.to(dtype)[:, None]
+        return self._bias_S1L
+
+    def _prefix_of(self, layer: int, heads: int) -> tuple[Tensor, Tensor]:
+        """The shared prefix for every query head: keys [H, E, P] and values [H, P, E]."""
+        if layer not in self._prefix_by_head:
+            key, value = self.prefix_keys[layer], self.prefix_values[layer]
+            group = heads // len(key)
+            by_head = key.repeat_interleave(group, 0).transpose(1, 2), value.repeat_interleave(group, 0)
+            self._prefix_by_head[layer] = by_head
+        return self._prefix_by_head[layer]
 
 
 def slot_attention(
@@ -260,22 +272,37 @@ def slot_attention(
 AttentionInterface.register(ATTENTION, slot_attention)
 
 
+_users: dict[int, int] = {}  # id of a model -> engines that are sampling from it now, in threads of their own
+_before: dict[int, tuple[list[str | None], bool]] = {}
+_users_lock = Lock()
+
+
 @contextmanager
 def attention_of(model: Any, name: str | None) -> Iterator[None]:
-    """Evaluation mode for a while, and attention through the registered function `name` (None: as it is)."""
+    """Evaluation mode for a while, and attention through the registered function `name` (None: as it is).
+
+    Several threads may do so at once with one model and one name; the last one restores what was.
+    """
     configs = (
         [model.config, *(getattr(model.config, sub) for sub in model.config.sub_configs)] if name else []
     )
-    before = [config._attn_implementation_internal for config in configs]
-    training = model.training
-    if training:
-        model.eval()
-    for config in configs:
-        config._attn_implementation_internal = name
+    with _users_lock:
+        _users[id(model)] = _users.get(id(model), 0) + 1
+        if _users[id(model)] == 1:
+            _before[id(model)] = [c._attn_implementation_internal for c in configs], model.training
+            if model.training:
+                model.eval()
+            for config in configs:
+                config._attn_implementation_internal = name
     try:
         yield
     finally:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation_internal = old
-        if training:
-            model.train()
+        with _users_lock:
+            _users[id(model)] -= 1
+            if _users[id(model)] == 0:
+                del _users[id(model)]
+                before, training = _before.pop(id(model))
+                for config, old in zip(configs, before, strict=True):
+                    config._attn_implementation_internal = old
+                if training:
+                    model.train()
