@@ -152,6 +152,7 @@ def env_maker(command: EvalCommand) -> MakeEnv:
     """A function that makes the environment; called once here, so that mistakes show at once."""
     import envs
 
+    spec = str(command.env)
     arguments = cli.assignments(command.env_args, "--env-args") | {"split": command.split}
     if command.level is not None:
         arguments["level"] = int(command.level) if command.level.isdigit() else command.level
@@ -159,14 +160,14 @@ def env_maker(command: EvalCommand) -> MakeEnv:
         arguments["reward"] = command.reward
 
     def make() -> Any:
-        return envs.make(command.env, **arguments)
+        return envs.make(spec, **arguments)
 
     try:
         make().close()
     except (envs.UnknownEnv, envs.EnvConflict) as error:
         raise UsageError(str(error)) from error
     except (ValueError, TypeError) as error:
-        raise UsageError(f"{command.env}: {error}") from error
+        raise UsageError(f"{spec}: {error}") from error
     return make
 
 
@@ -226,6 +227,7 @@ def _local(
     from agents.engines.hf import HFEngine
     from agents.models import DTYPES, is_tiny, load_model
 
+    model: Any
     model, tokenizer = load_model(spec, DTYPES[command.dtype])
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)

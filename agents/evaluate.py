@@ -28,7 +28,10 @@ MARK = 0.01
 class Player(Protocol):
     """Whoever plays: `agents.actor.Player` (tokens through an engine) or `TextPlayer`."""
 
-    make_env: MakeEnv
+    @property
+    def make_env(self) -> MakeEnv:
+        """Builds the environments that are played."""
+        ...
 
     def __call__(
         self,

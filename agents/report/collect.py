@@ -161,7 +161,7 @@ def _evaluation(record: Mapping[str, Any], run: RunData) -> dict[str, Any]:
 
 def _gain(evals: Sequence[Mapping[str, Any]]) -> list[float] | None:
     """Paired difference of success, after less before, where both were played on the same tasks."""
-    by_label = {e.get("label"): e for e in evals}
+    by_label = {str(e.get("label")): e for e in evals}
     before, after = by_label.get("before"), by_label.get("after")
     if before is None or after is None or not before.get("tasks_key"):
         return None

@@ -8,22 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.cli import UsageError
-from agents.engines import endpoint
 from agents.engines.base import SampleParams
 from agents.engines.endpoint import Endpoint, EndpointConfig, read_reply, to_plain, to_text, to_wire
 from agents.evaluate import TextPlayer, evaluate
 from agents.rollout import Limits
+from tests.agents.bad_server import Behaviour, serving, structured
 from tests.agents.parity import Parity
 from tools import HERMES, BadCall, ToolCall
 
@@ -41,14 +38,6 @@ arguments = st.dictionaries(
 calls = st.lists(
     st.builds(ToolCall, st.from_regex(r"[a-z_]{1,12}", fullmatch=True), arguments), min_size=1, max_size=3
 )
-
-
-def structured(call: ToolCall, raw: str | None = None) -> dict:
-    return {
-        "id": "x",
-        "type": "function",
-        "function": {"name": call.name, "arguments": raw or json.dumps(dict(call.arguments))},
-    }
 
 
 @given(calls, st.sampled_from(["", "Let me look.", "<b>&"]))
@@ -123,105 +112,6 @@ likely = st.fixed_dictionaries(
 def test_no_reply_can_raise(body):
     said = read_reply(body, HERMES)
     assert said.stop in ("stop", "length", "error:reply") and isinstance(said.text, str)
-
-
-def completion(content="hello", finish="stop", **message):
-    choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
-    return {"choices": [choice], "usage": {"completion_tokens": 7}}
-
-
-class Behaviour(BaseHTTPRequestHandler):
-    """A server whose manners depend on the model's name."""
-
-    protocol_version = "HTTP/1.1"
-    seen: list = []  # noqa: RUF012
-    attempts: dict = {}  # noqa: RUF012
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.answer(
-            200,
-            {
-                "object": "list",
-                "data": [
-                    {"id": m, "object": "model", "created": 0, "owned_by": "x"} for m in self.server.models
-                ],
-            },
-        )
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        manner = body["model"]
-        self.seen.append(body)
-        self.attempts[manner] = self.attempts.get(manner, 0) + 1
-        if manner == "good":
-            self.answer(200, completion())
-        elif manner == "caller":
-            self.answer(
-                200,
-                completion(None, "tool_calls", tool_calls=[structured(ToolCall("remainder", {"number": 3}))]),
-            )
-        elif manner == "cut":
-            self.answer(200, completion("hal", "length"))
-        elif manner == "garbage":
-            self.raw(200, b"<html>")
-        elif manner == "huge":
-            self.raw(200, b'"' + b"x" * (endpoint.MAX_REPLY + 10) + b'"')
-        elif manner == "flaky" and self.attempts[manner] < 3:
-            self.answer(503, {"error": "busy"})
-        elif manner == "flaky":
-            self.answer(200, completion("at last"))
-        elif manner == "refusing":
-            self.answer(400, {"error": "no"})
-        elif manner == "hanging":
-            time.sleep(3)
-        elif manner == "trickling":
-            self.send_response(200)
-            self.send_header("content-length", "1000")
-            self.end_headers()
-            for _ in range(30):
-                self.wfile.write(b" ")
-                self.wfile.flush()
-                time.sleep(0.1)
-        self.close_connection = True
-
-    def answer(self, status, value):
-        self.raw(status, json.dumps(value).encode())
-
-    def raw(self, status, body):
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.send_header("connection", "close")
-        self.end_headers()
-        try:
-            self.wfile.write(body)
-        except OSError:  # the client had enough
-            pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    models = ("good",)
-
-    def handle_error(self, request, client_address):
-        pass
-
-
-@contextmanager
-def serving(models=("good",)):
-    server = Server(("127.0.0.1", 0), Behaviour)
-    server.models = models
-    Behaviour.seen, Behaviour.attempts = [], {}
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def ask(url, manner, **options):

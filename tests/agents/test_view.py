@@ -1,107 +1,19 @@
-"""The report: complete, self-contained, safe against hostile text, and looked at in a real browser."""
+"""The report: complete, self-contained, safe against hostile text. `test_view_browser` looks at it."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents import stats
-from agents.ledger import Ledger
 from agents.report import collect, episodes, render
 from agents.report.episodes import Entry, Scales, TokenTable
-from agents.trajectory import Trajectory, TurnInfo
-from envs import Verdict
-from tests.agents import chromium
+from tests.agents.sample_runs import HOSTILE, build, episode, run_data, thousands
 from tests.agents.tokenizers import byte_bpe
-
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "<img src=x onerror=alert(1)>",
-    "&lt;b&gt; \" ' ` ${1} {{ 7 * 7 }} {% raw %}",
-    "\x00\x01\x1b[31m\u202egnp.exe\u2066",
-    "lone \ud800 surrogate \udfff",
-    "<!-- ]]> <![CDATA[",
-    "\u2028\u2029\ufeff",
-]
-FACTS = {"tool_calls": 1, "answer_key": "Toruna"}
-QUESTION = "Who is the mentor of Zanvel?"
-
-
-def episode(
-    step=1, group=0, member=0, *, say="<answer>Toruna</answer>", correct=True, level=1, task=None, **more
-):
-    """A stored trajectory of two turns: a tool call and an answer, tokens by a real tokenizer."""
-    tokenizer, rng = byte_bpe(), np.random.default_rng((step, group, member))
-    call = (
-        '<tool_call>{"name": "lookup", "arguments": {"entity": "Zanvel", "attribute": "mentor"}}</tool_call>'
-    )
-    ledger = Ledger()
-
-    def encode(text):
-        return tokenizer.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
-
-    ledger.observe(encode(QUESTION), 0)
-    for turn, text in enumerate((call, say)):
-        ids = encode(text)
-        ledger.act(ids, (-rng.exponential(0.3, len(ids))).tolist(), turn, step)
-        if turn == 0:
-            ledger.observe(encode("Toruna"), 1)
-    sign = 1.0 if correct else -1.0
-    columns = {"adv_BT": [[sign] * len(ledger)], "entropy_BT": [rng.random(len(ledger)).tolist()]}
-    trajectory = Trajectory(
-        task or f"tool_qa/train/{group}", group, "train", level, group, member, ledger=ledger, version=step,
-        messages=[
-            {"role": "system", "content": "Use the tools."}, {"role": "user", "content": QUESTION},
-            {"role": "assistant", "content": call}, {"role": "tool", "name": "lookup", "content": "Toruna"},
-            {"role": "assistant", "content": say},
-        ],
-        turns=[TurnInfo(call, 0.0, ("lookup",)), TurnInfo(say, float(correct))],
-        verdict=Verdict(float(correct), {"correct": float(correct)}, FACTS),
-        reward=float(correct), stop_reason="answered",
-    )  # fmt: skip
-    for name, value in more.items():
-        setattr(trajectory, name, value)
-    return Entry(step, trajectory, columns)
-
-
-def run_data(steps=30, **config) -> collect.RunData:
-    rng = np.random.default_rng(0)
-    metrics = [
-        {"step": s + 1, "correct": 0.3 + 0.02 * s, "reward": 0.3 + 0.02 * s, "entropy": 0.3 / (s + 1),
-         "grad_norm": float(rng.lognormal()), "logp_gap": 1e-6, "zero_variance_groups": 0.95, "kl": 1e-3,
-         "tool_calls": 1.5, "length": 40.0, "clip_frac": 0.01, "truncated": 0.0}
-        for s in range(steps)
-    ]  # fmt: skip
-    evals = [
-        evaluation("before", 120, 0),
-        evaluation("after", 350, steps),
-        evaluation("harder", 90, steps, "hard"),
-    ]
-    options = {"env": "tool_qa", "algo": "grpo", "seed": 3, "level": None, **config}
-    return collect.RunData("a run", options, metrics, evals)
-
-
-def evaluation(label, right, step, level=None):
-    correct = [[1]] * right + [[0]] * (400 - right)
-    row = {"level": 1, "success": [0.5, 0.4, 0.6], "tool_calls": 1.0, "productivity": 0.5, "episodes": 200}
-    return {
-        "label": label, "env": "tool_qa", "split": "eval", "level": level, "step": step, "episodes": 400,
-        "success": list(stats.success_interval(correct)), "pass_at": {"1": [0.5, 0.4, 0.6]},
-        "tool_calls": [1.5, 1.4, 1.6], "productivity": 0.6, "failure_share": 0.0, "marked": False,
-        "levels": [row, row | {"level": 2}], "correct": correct, "tasks_key": str(level),
-    }  # fmt: skip
-
-
-def build(entries, run=None, tokenizer=None, total=None):
-    entries = list(entries)
-    return collect.page(run or run_data(), entries, total or len(entries), tokenizer or byte_bpe(), "a test")
 
 
 def contents(html: str) -> tuple[dict, list[list[dict]]]:
@@ -188,12 +100,6 @@ def test_a_megabyte_is_capped_and_said():
     assert detail["segments"][0]["cut"] > 0 and len(detail["segments"][0]["tokens"]) == episodes.MAX_TOKENS
 
 
-def thousands() -> list[Entry]:
-    """2,000 trajectories of 25 steps, ten groups each; the steps share their episodes' contents."""
-    some = [episode(1, group, member) for group in range(10) for member in range(8)]
-    return [Entry(step, e.trajectory, e.columns) for step in range(25) for e in some]
-
-
 def test_two_thousand_trajectories_stay_small():
     html = render.render(build(thousands(), total=12_800))
     summary, _ = contents(html)
@@ -269,158 +175,3 @@ def test_damaged_run_files_still_give_a_page(tmp_path_factory, records, config):
     data = collect.read(run)
     assert any("1 damaged" in note for note in data.notes)
     render.render(collect.page(data, [], 0, None, "a test"))
-
-
-# ---------------------------------------------------------------- in a real browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if chromium.find() is None:
-        pytest.skip("no Chromium on this machine")
-    with chromium.Chromium(tmp_path_factory.mktemp("profile")) as page:
-        yield page
-
-
-def show(browser, tmp_path: Path, page) -> None:
-    file = tmp_path / "report.html"
-    file.write_text(render.render(page), encoding="utf-8")
-    browser.errors.clear()
-    browser.requests.clear()
-    browser.open(file, "document.documentElement.dataset.ready === 'yes'")
-
-
-def text(browser, selector: str) -> str:
-    return browser.value(f"document.querySelector({json.dumps(selector)}).innerText")
-
-
-def click(browser, selector: str, label: str | None = None) -> None:
-    wanted = "true" if label is None else f"e.textContent === {json.dumps(label)}"
-    browser.value(f"[...document.querySelectorAll({json.dumps(selector)})].find(e => {wanted}).click()")
-
-
-def hover(browser, selector: str) -> None:
-    """Move the pointer over the first such element."""
-    browser.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-    x, y = browser.value(
-        f"(() => {{ const b = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-        " return [b.x + 2, b.y + 4]; })()"
-    )
-    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-
-def choose(browser, name: str, value: str) -> None:
-    """Set one of the table's filters."""
-    browser.value(
-        f"(() => {{ const s = document.querySelector('select[data-filter={name}]');"
-        f" s.value = {json.dumps(value)}; s.dispatchEvent(new Event('change')); }})()"
-    )
-
-
-@pytest.mark.full
-def test_a_browser_shows_the_report_and_asks_the_network_for_nothing(browser, tmp_path):
-    entries = [
-        episode(s, g, m, correct=(g + m) % 2 == 0, level=1 + g % 2)
-        for s in (1, 5)
-        for g in range(4)
-        for m in range(4)
-    ]
-    show(browser, tmp_path, build(entries, total=640))
-    assert "30.0 %" in text(browser, ".headline") and "87.5 %" in text(browser, ".headline")
-    assert "paired gain 0.575" in text(browser, ".headline")
-    assert "zero variance groups" in text(browser, ".findings")
-    assert "harder" in text(browser, ".evals") and "0.225" in text(browser, ".evals")
-    charts = browser.value("[...document.querySelectorAll('.chart')].map(c => c.dataset.metric)")
-    assert set(charts) >= {
-        "correct",
-        "reward",
-        "tool_calls",
-        "length",
-        "entropy",
-        "kl",
-        "clip_frac",
-        "grad_norm",
-        "logp_gap",
-    }
-    assert browser.value("document.querySelectorAll('.chart[data-metric=correct] g.mark').length") == 2
-    assert "32 of 32" in text(browser, ".count")
-    choose(browser, "correct", "1")
-    assert "16 of 32" in text(browser, ".count")
-    click(browser, ".row")
-    browser.wait("document.querySelector('.episode .verdict')")
-    shown = text(browser, ".episode")
-    assert (
-        QUESTION in shown and "lookup(entity='Zanvel', attribute='mentor')" in shown and "answer_key" in shown
-    )
-    click(browser, ".segments button", "adv")
-    browser.wait("document.querySelector('.legend')")
-    shades = browser.value(
-        "new Set([...document.querySelectorAll('.message.assistant .tokens span')]"
-        ".map(s => s.style.background)).size"
-    )
-    assert shades == 1, "one advantage, one colour"
-    click(browser, ".segments button", "tokens")
-    browser.wait("document.querySelector('.episode > .tokens')")
-    assert text(browser, ".episode > .tokens").startswith(QUESTION[:10])
-    hover(browser, ".tokens span:not(.env)")
-    browser.wait("document.querySelector('#tip') && !document.querySelector('#tip').hidden")
-    assert "probability" in text(browser, "#tip") and "logp" in text(browser, "#tip")
-    assert browser.errors == [], browser.errors
-    assert [r for r in browser.requests if not r.startswith("file:")] == [] and len(browser.requests) == 1
-
-
-@pytest.mark.full
-def test_a_browser_runs_nothing_of_what_a_model_wrote(browser, tmp_path):
-    entries = [episode(1, g, 0, say=h, task=h, stop_reason=h) for g, h in enumerate(HOSTILE)]
-    for entry, hostile in zip(entries, HOSTILE, strict=True):
-        entry.trajectory.messages[3] = {"role": "tool", "name": hostile, "content": hostile}
-    run = run_data(note=HOSTILE[0])
-    show(browser, tmp_path, build(entries, collect.RunData(HOSTILE[0], run.config, run.metrics, run.evals)))
-    assert browser.value("document.title").startswith("</script>")
-    for i in range(len(HOSTILE)):
-        click(browser, f".row[data-row='{i}']")
-        browser.wait(
-            f"document.querySelector('.row.on').dataset.row === '{i}' && document.querySelector('.verdict')"
-        )
-    assert browser.value("document.querySelectorAll('img').length") == 0
-    assert browser.value("document.querySelectorAll('script:not([type])').length") == 1
-    body = browser.value("document.body.innerText")
-    assert "\u202e" not in body and "\x00" not in body and "\u2066" not in body
-    assert browser.errors == [] and len(browser.requests) == 1
-
-
-@pytest.mark.full
-def test_a_browser_is_quick_with_two_thousand_trajectories(browser, tmp_path):
-    """Rows of the table exist only where they are seen; any of them can be reached."""
-    show(browser, tmp_path, build(thousands()))
-    assert browser.value("document.querySelectorAll('.row').length") <= 60
-    assert browser.value("document.querySelectorAll('*').length") < 3000
-    browser.value("document.querySelector('.window').scrollTop = 1e9")
-    browser.wait("document.querySelector('.row[data-row=\"1999\"]')")
-    click(browser, '.row[data-row="1999"]')
-    browser.wait("document.querySelector('.episode h3').innerText === 'tool_qa/train/9'")
-    assert browser.errors == []
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_readable(browser, tmp_path, scheme):
-    """Contrast of running text and of muted text against what they stand on is at least 4.5 (WCAG AA)."""
-    browser.emulate(scheme)
-    show(browser, tmp_path, build([episode()]))
-    colours = browser.value(
-        "['--paper', '--card', '--ink', '--soft', '--clay', '--sea', '--good', '--bad', '--warn'].map(n => "
-        "getComputedStyle(document.documentElement).getPropertyValue(n).trim())"
-    )
-    paper, card, *inks = [luminance(c) for c in colours]
-    assert (paper > 0.5) == (scheme == "light")
-    for ink in inks:
-        for ground in (paper, card):
-            assert (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05) >= 4.5
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of #rrggbb (WCAG 2)."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
