@@ -22,6 +22,7 @@ from agents.rollout import Progress
 from agents.runfolder import RunFolder, plain, write_json
 from agents.session import Session, derived, env_arguments
 from policy_opt.batch import Batch
+from policy_opt.errors import RecipeError
 
 Metrics = dict[str, float]
 
@@ -272,6 +273,8 @@ def restore(session: Session, saved: checkpoint.Checkpoint) -> None:
         learner.load_state_dict(state["learner"])
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{saved.path} is not a training checkpoint: {error!r}") from error
+    except (checkpoint.CheckpointError, RecipeError, UsageError) as error:
+        raise checkpoint.CheckpointError(f"{saved.path}: {error}") from error
 
 
 def save_config(folder: RunFolder, config: TrainConfig) -> None:
