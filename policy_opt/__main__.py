@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from policy_opt.catalog import part_name
 from policy_opt.errors import RecipeError
@@ -66,18 +67,17 @@ def card(recipe: Recipe) -> str:
     if recipe.variants:
         lines.append(f"  variants: {', '.join(recipe.variants)}")
     lines.append("  options:")
-    values = {a.full: a.rebuild for a in addresses(recipe)}
-    lines += [f"    {name}" for name in values]
+    lines += [f"    {address.full}" for address in addresses(recipe)]
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was asked for; 2 on an unknown recipe."""
     parser = argparse.ArgumentParser(prog="python -m policy_opt", description="The table of recipes.")
     parser.add_argument("recipe", nargs="?", help="show one recipe with its options")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         recipes = [get(options.recipe)] if options.recipe else [get(slug) for slug in slugs()]
     except RecipeError as error:

@@ -215,8 +215,9 @@ def _part(stage: str, node: ast.AST) -> Any:
     kind = find(stage, name)
     target = getattr(kind, "func", kind)
     assert isinstance(target, type)
-    fixed = len(getattr(kind, "args", ()))
-    hints = {f.name: typing.get_type_hints(target)[f.name] for f in dataclasses.fields(target)[fixed:]}
+    # A part without options need not be a dataclass; an optimizer's name is fixed already.
+    known = dataclasses.fields(target) if dataclasses.is_dataclass(target) else ()
+    hints = {f.name: typing.get_type_hints(target)[f.name] for f in known[len(getattr(kind, "args", ())) :]}
     given: dict[str, ast.AST] = {}
     if call:
         if len(call.args) > len(hints) or any(isinstance(arg, ast.Starred) for arg in call.args):
