@@ -6,9 +6,8 @@ turn, their tokens coloured by log-prob, advantage, entropy or any other column 
 
 from __future__ import annotations
 
-import sys
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +17,8 @@ import tyro
 from agents import cli
 from agents.cli import UsageError
 from agents.report import collect
-from agents.report.episodes import Entry
 from agents.report.render import render
+from agents.report.stored import Episodes
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,9 @@ def write_report(run: Path, out: Path | None = None, limit: int = 2000) -> Path:
     if limit < 0:
         raise UsageError(f"--trajectories must be at least 0, got {limit}")
     data = collect.read(run)
-    entries, total = stored(run, limit)
-    page = collect.page(data, entries, total, tokenizer_of(run, data), f"python -m agents.view {run.name}")
+    episodes = Episodes(run, limit)
+    command = f"python -m agents.view {run.name}"
+    page = collect.page(data, episodes, episodes.total, tokenizer_of(run, data), command, episodes.notes)
     file = out if out is not None else run / "report.html"
     beside = file.with_name(f".{file.name}.part")
     try:

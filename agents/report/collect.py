@@ -13,6 +13,7 @@ from agents import stats
 from agents.doctor import diagnose
 from agents.report.episodes import BLOCK, Entry, Scales, TokenTable, clip, detail, rounded, table_row
 from agents.report.render import Page
+from tools.calls import FORMATS, HERMES
 
 TABLE = ("step", "level", "task", "reward", "calls", "length", "stop", "split", "correct", "member", "unit")
 HEADING = ("env", "algo", "model", "seed", "level")
@@ -46,14 +47,31 @@ def read(run: Path) -> RunData:
         except (ValueError, RecursionError):
             notes.append("config.json cannot be read")
     metrics = _lines(run / "metrics.jsonl", notes)
-    evals = [e for e in _lines(run / "eval.jsonl", notes) if _is_evaluation(e)]
+    evals = [e for e in _lines(run / "eval.jsonl", notes) if _interval(e.get("success")) is not None]
     return RunData(run.resolve().name, config, metrics, evals, tuple(notes))
 
 
-def page(run: RunData, entries: Iterable[Entry], total: int, tokenizer: Any | None, command: str) -> Page:
-    """The report of a run. `entries` are the trajectories to keep, `total` how many the run has."""
+def page(
+    run: RunData,
+    entries: Iterable[Entry],
+    total: int,
+    tokenizer: Any | None,
+    command: str,
+    notes: Sequence[str] = (),
+) -> Page:
+    """The report of a run.
+
+    Args:
+        run: everything but the trajectories.
+        entries: the trajectories to keep.
+        total: how many the run has.
+        tokenizer: tells the tokens' texts; None shows ids.
+        command: what writes the report, for its foot.
+        notes: what should be said of the trajectories; looked at after the last of them was taken.
+    """
     tokens, scales = TokenTable(tokenizer), Scales()
-    call_format = str(_find(run.config, "call_format") or "hermes")
+    named = str(_find(run.config, "call_format"))
+    call_format = named if named in FORMATS else HERMES.name
     units: dict[tuple[Any, ...], int] = {}
     rows: list[dict[str, Any]] = []
     details: list[dict[str, Any]] = []
@@ -70,7 +88,7 @@ def page(run: RunData, entries: Iterable[Entry], total: int, tokenizer: Any | No
         "findings": [asdict(f) for f in diagnose(run.metrics, run.evals)],
         "config": list(flatten(run.config)),
         "table": {name: [row[name] for row in rows] for name in TABLE}
-        | {"count": len(rows), "total": total, "note": _note(len(rows), total, run.notes)},
+        | {"count": len(rows), "total": total, "note": _note(len(rows), total, [*run.notes, *notes])},
         "columns": sorted(scales.specs(), key=lambda c: _column_rank(c["name"])),
         "tokens": tokens.texts(),
         "ids": tokens.ids,
@@ -79,9 +97,7 @@ def page(run: RunData, entries: Iterable[Entry], total: int, tokenizer: Any | No
     }
     blocks = [details[i : i + BLOCK] for i in range(0, len(details), BLOCK)]
     written = time.strftime("%Y-%m-%d %H:%M")
-    return Page(
-        run.name, _heading(run), summary, blocks, f"Written {written} by {command}; nothing is fetched."
-    )
+    return Page(run.name, _heading(run), summary, blocks, f"Written {written} by {command}; nothing is fetched.")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -112,51 +128,70 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return out
 
 
-def _is_evaluation(record: Mapping[str, Any]) -> bool:
-    success = record.get("success")
-    return (
-        isinstance(success, list) and len(success) == 3 and all(isinstance(v, int | float) for v in success)
-    )
+def _number(value: Any) -> float | int | None:
+    """A finite number as it is shown; None for anything else."""
+    return rounded(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _interval(value: Any) -> list[float | int | None] | None:
+    """Mean, low and high; None where it is not three numbers."""
+    numbers = [_number(v) for v in value] if isinstance(value, list) else []
+    return numbers if len(numbers) == 3 and None not in numbers else None
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[str, list[Any]]]:
     """Steps and, by name, every metric that is a number somewhere."""
-    steps = [
-        int(step) if isinstance(step := row.get("step"), int | float) else i for i, row in enumerate(metrics)
-    ]
+    known = [_number(row.get("step")) for row in metrics]
+    steps = [i if step is None else int(step) for i, step in enumerate(known)]
     names = dict.fromkeys(name for row in metrics for name in row if name != "step")
     columns = {}
     for name in names:
-        values = [row.get(name) for row in metrics]
-        if any(isinstance(v, int | float) for v in values):
-            columns[name] = [rounded(v) if isinstance(v, int | float) else None for v in values]
+        values = [_number(row.get(name)) for row in metrics]
+        if any(v is not None for v in values):
+            columns[name] = values
     return steps, columns
 
 
 def _evaluation(record: Mapping[str, Any], run: RunData) -> dict[str, Any]:
     """What the table and the success curve need of one evaluation."""
-    level = record.get("level")
-    about = [str(record[key]) for key in ("env", "split") if record.get(key)]
-    about += [f"level {level}"] if level is not None else []
-    env = _find(run.config, "env")
-    steps = [row["step"] for row in run.metrics if isinstance(row.get("step"), int | float)]
-    known = {"before": min(steps, default=None), "after": max(steps, default=None)}
-    step = record.get("step", known.get(str(record.get("label"))))
-    keep = (
-        "label",
-        "success",
-        "pass_at",
-        "tool_calls",
-        "productivity",
-        "episodes",
-        "failure_share",
-        "marked",
-    )
-    shown = {key: record.get(key) for key in keep} | {"about": ", ".join(about), "step": step}
-    shown["levels"] = [row for row in record.get("levels") or () if _is_evaluation(row)]
-    shown["tool_calls"] = record.get("tool_calls") or [None, None, None]
-    shown["main"] = record.get("level") == _find(run.config, "level") and env in (None, record.get("env"))
-    return shown
+    level, env = record.get("level"), _find(run.config, "env")
+    about = [clip(record[key], 80)[0] for key in ("env", "split") if record.get(key)]
+    about += [f"level {clip(level, 40)[0]}"] if level is not None else []
+    steps = _curves(run.metrics)[0]
+    guess = {"before": min(steps, default=None), "after": max(steps, default=None)}
+    label = clip(record.get("label") or "", 80)[0]
+    step = _number(record.get("step"))
+    shown: dict[str, Any] = {
+        "label": label,
+        "about": ", ".join(about),
+        "step": guess.get(label) if step is None else step,
+        "pass_at": _pass_at(record.get("pass_at")),
+        "tool_calls": _interval(record.get("tool_calls")) or [None, None, None],
+        "marked": bool(record.get("marked")),
+        "levels": _levels(record.get("levels")),
+        "main": str(level) == str(_find(run.config, "level")) and env in (None, record.get("env")),
+    }
+    return _numbers(record) | shown
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain numbers that an evaluation and one of its levels have in common."""
+    names = ("productivity", "episodes", "failure_share")
+    return {"success": _interval(record.get("success"))} | {n: _number(record.get(n)) for n in names}
+
+
+def _pass_at(value: Any) -> dict[str, Any]:
+    pairs = value.items() if isinstance(value, dict) else ()
+    return {str(k): interval for k, v in pairs if (interval := _interval(v)) is not None}
+
+
+def _levels(value: Any) -> list[dict[str, Any]]:
+    rows = [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+    return [
+        _numbers(row) | {"level": clip(row.get("level"), 40)[0], "tool_calls": _number(row.get("tool_calls"))}
+        for row in rows
+        if _interval(row.get("success")) is not None
+    ]
 
 
 def _gain(evals: Sequence[Mapping[str, Any]]) -> list[float] | None:
@@ -170,7 +205,7 @@ def _gain(evals: Sequence[Mapping[str, Any]]) -> list[float] | None:
     try:
         return list(stats.paired_difference(after["correct"], before["correct"]))
     except (KeyError, ValueError, TypeError):
-        return None
+        return None  # a record that somebody else wrote
 
 
 def _note(shown: int, total: int, notes: Sequence[str]) -> str:
@@ -180,9 +215,7 @@ def _note(shown: int, total: int, notes: Sequence[str]) -> str:
 
 def _heading(run: RunData) -> list[tuple[str, str]]:
     facts = [
-        (name, clip(_find(run.config, name), 120)[0])
-        for name in HEADING
-        if _find(run.config, name) not in (None, "")
+        (name, clip(_find(run.config, name), 120)[0]) for name in HEADING if _find(run.config, name) not in (None, "")
     ]
     return facts
 

@@ -34,7 +34,7 @@ class Entry:
     """Training step; None for an evaluation."""
     trajectory: Trajectory
     """The episode."""
-    columns: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """Per-token numbers by name, one sequence a segment; a name's suffix `_BT` is not shown."""
 
 
@@ -204,9 +204,7 @@ def _segments(entry: Entry, tokens: TokenTable, scales: Scales) -> list[dict[str
 def _messages(t: Trajectory, call_format: str) -> list[dict[str, Any]]:
     """The conversation; the last assistant messages are the policy's turns, in order."""
     assistant = [i for i, m in enumerate(t.messages) if m.get("role") == "assistant"]
-    turn_of = (
-        {i: turn for turn, i in enumerate(assistant[len(assistant) - len(t.turns) :])} if t.turns else {}
-    )
+    turn_of = {i: turn for turn, i in enumerate(assistant[len(assistant) - len(t.turns) :])} if t.turns else {}
     out = []
     for i, message in enumerate(t.messages):
         if len(t.messages) > MAX_MESSAGES and MAX_MESSAGES // 2 <= i < len(t.messages) - MAX_MESSAGES // 2:

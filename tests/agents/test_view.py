@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.cli import UsageError
 from agents.report import collect, episodes, render
 from agents.report.episodes import Entry, Scales, TokenTable
+from agents.report.stored import choose
+from agents.runfolder import plain
+from agents.store import TrajectoryWriter
+from agents.view import main, write_report
 from tests.agents.sample_runs import HOSTILE, build, episode, run_data, thousands
 from tests.agents.tokenizers import byte_bpe
 
@@ -33,9 +38,7 @@ def test_the_page_holds_everything_and_fetches_nothing():
     assert [e["label"] for e in summary["evals"]] == ["before", "after", "harder"]
     assert [e["main"] for e in summary["evals"]] == [True, True, False]
     assert summary["gain"][0] == pytest.approx(230 / 400)
-    assert (
-        summary["findings"][0]["name"] == "zero_variance_groups" and summary["findings"][0]["level"] == "bad"
-    )
+    assert summary["findings"][0]["name"] == "zero_variance_groups" and summary["findings"][0]["level"] == "bad"
     assert ["algo", "grpo"] in summary["config"]
     assert {c["name"] for c in summary["columns"]} == {"logp", "mask", "version", "adv", "entropy"}
     assert not re.search(r"(src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html)
@@ -175,3 +178,75 @@ def test_damaged_run_files_still_give_a_page(tmp_path_factory, records, config):
     data = collect.read(run)
     assert any("1 damaged" in note for note in data.notes)
     render.render(collect.page(data, [], 0, None, "a test"))
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run as training leaves it: 4 steps of 2 groups of 3, with per-token columns."""
+    run = tmp_path / "one"
+    with TrajectoryWriter(run / "trajectories") as writer:
+        for step in range(1, 5):
+            for e in (episode(step, group, member) for group in range(2) for member in range(3)):
+                writer.append(e.trajectory, e.columns, step=step)
+    data = run_data()
+    (run / "config.json").write_text(json.dumps({**data.config, "model": "bundled"}))
+    for name, records in (("metrics.jsonl", data.metrics), ("eval.jsonl", data.evals)):
+        (run / name).write_text("".join(json.dumps(plain(r)) + "\n" for r in records))
+    return run
+
+
+def test_the_command_writes_one_file_of_a_run_folder(run_folder, capsys):
+    assert main([str(run_folder)]) == 0
+    file = run_folder / "report.html"
+    assert capsys.readouterr().out.strip() == str(file)
+    assert sorted(p.name for p in run_folder.iterdir()) == [
+        "config.json", "eval.jsonl", "metrics.jsonl", "report.html", "trajectories",
+    ]  # fmt: skip
+    summary, blocks = contents(file.read_text())
+    assert summary["table"]["count"] == summary["table"]["total"] == 24
+    assert summary["table"]["step"] == [s for s in range(1, 5) for _ in range(6)]
+    assert {c["name"] for c in summary["columns"]} == {"logp", "mask", "version", "adv", "entropy"}
+    assert len(blocks[0][0]["segments"][0]["columns"]["adv"]) == len(blocks[0][0]["segments"][0]["tokens"])
+    assert all(not t.startswith("⟨") for t in summary["tokens"]), "the bundled tokenizer names its tokens"
+
+
+def test_a_limit_keeps_whole_groups(run_folder, tmp_path):
+    out = tmp_path / "small.html"
+    assert main([str(run_folder), "--out", str(out), "--trajectories", "7"]) == 0
+    summary, _ = contents(out.read_text())
+    assert summary["table"]["step"] == [1, 1, 1, 4, 4, 4] and summary["table"]["member"] == [0, 1, 2] * 2
+    assert summary["table"]["note"].startswith("6 of 24")
+
+
+def test_a_torn_and_a_damaged_record_are_left_out_and_said(run_folder):
+    data = run_folder / "trajectories" / "episodes.bin"
+    raw = bytearray(data.read_bytes()[:-10])
+    raw[300] ^= 0xFF
+    data.write_bytes(raw)
+    summary, _ = contents(write_report(run_folder).read_text())
+    assert summary["table"]["count"] == 22
+    assert "torn" in summary["table"]["note"] and "damaged" in summary["table"]["note"]
+
+
+def test_what_is_no_run_is_named(tmp_path, run_folder):
+    with pytest.raises(UsageError, match="no folder"):
+        write_report(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="not the folder of a run"):
+        write_report(tmp_path)
+    with pytest.raises(UsageError, match="cannot write"):
+        write_report(run_folder, tmp_path / "missing" / "report.html")
+
+
+@given(st.lists(st.integers(0, 12) | st.none(), max_size=60), st.integers(0, 70))
+@settings(deadline=None)
+def test_choice_is_of_whole_groups_within_the_limit(keys, limit):
+    chosen = choose(keys, limit)
+    assert chosen == sorted(set(chosen)) and len(chosen) <= limit
+    groups = {keys[i] for i in chosen}
+    assert None not in groups
+    assert chosen == [i for i, key in enumerate(keys) if key in groups]
+    named = [k for k in keys if k is not None]
+    if len(named) <= limit:
+        assert len(chosen) == len(named)
+    if len(groups) > 1:
+        assert {named[0], list(dict.fromkeys(named))[-1]} <= groups
