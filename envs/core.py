@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -72,8 +72,7 @@ class Verdict:
     """None, or why the verifier failed (its exception); the reward is then the environment's lowest."""
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """What an environment says to a turn."""
 
     messages: tuple[Message, ...] = ()
@@ -234,12 +233,14 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
                 {"role": "assistant", "content": encodable(str(action[: self.max_chars]))}
             )
             return self._over((), TOO_LONG, terminated=False)
-        text = action if action.isascii() else encodable(str(action))
-        episode.messages.append({"role": "assistant", "content": text})
+        text = str(action) if action.isascii() else encodable(str(action))
+        messages, results = episode.messages, episode.results
+        messages.append({"role": "assistant", "content": text})
         turn = self.call_format.parse(text)
-        ran = len(episode.results)
+        ran = len(results)
         reply = self.reply(turn)
-        episode.messages.extend(map(dict, reply.messages))  # what is handed out belongs to the caller
+        for message in reply.messages:  # what is handed out belongs to the caller
+            messages.append(message.copy())
         if reply.done:
             episode.final = turn.content
             return self._over(reply.messages, ANSWERED, terminated=True, ran=ran)
@@ -247,7 +248,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
             return self._over(reply.messages, MAX_TURNS, terminated=False, ran=ran)
         episode.earned += reply.reward
         observation = {"messages": reply.messages, "tools": self._schemas}
-        info = {"task_id": episode.task.task_id, "tool_results": tuple(episode.results[ran:])}
+        info = {"task_id": episode.task.task_id, "tool_results": tuple(results[ran:])}
         return observation, reply.reward, False, False, info
 
     def finish(self, stop_reason: str) -> tuple[float, dict[str, Any]]:

@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tools import strict_json
 
@@ -43,8 +43,7 @@ class BadCall:
     """The text, cut at 2,000 characters."""
 
 
-@dataclass(frozen=True)
-class ParsedTurn:
+class ParsedTurn(NamedTuple):
     """An assistant's turn: its words and its calls, in order."""
 
     content: str

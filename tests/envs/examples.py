@@ -96,7 +96,7 @@ class Leaking(Sound):
 class WeakOracle(Sound):
     """Its oracle is wrong now and then."""
 
-    def _weak(env, rng):  # noqa: N805  (a script, not a method)
+    def _weak(env, rng):
         right = env.episode.task.index % 5
         yield f"<answer>{env.episode.task.truth['answer'] if right else 'x'}</answer>"
 
@@ -162,7 +162,7 @@ class GlobalNumpy(Sound):
     """Draws from numpy's global generator."""
 
     def opening(self, task):
-        np.random.rand()  # noqa: NPY002
+        np.random.rand()
         return super().opening(task)
 
 

@@ -28,9 +28,10 @@ def test_the_truth_in_other_clothes(answer, truth):
 
 @pytest.mark.parametrize("answer, truth", [
     ("Toruna Morika", "Toruna"), ("Toruna, Morika", "Toruna"), ("Toruna or Morika", "Toruna"), ("", "Toruna"),
-    ("Тoruna", "Toruna"), ("Ｔoruna", "Toruna"), ("Toru\u200bna", "Toruna"), ("Toruna" + " " * 80, "Toruna"), ("12 13", "12"),
-    ("12 or 13", "12"), ("12 euros", "12"), ("１２", "12"), ("1,2", "12"), ("12e0", "12"), ("0x0c", "12"), ("24/2", "12"),
-    ("12" + "0" * 70, "12"), ("twelve", "12"), ("nan", "12"), ("\u212aelvin", "Kelvin"), ("12.0000001", "12"), ("1 2", "12"),
+    ("Тoruna", "Toruna"), ("Ｔoruna", "Toruna"), ("Toru\u200bna", "Toruna"), ("Toruna" + " " * 80, "Toruna"),
+    ("12 13", "12"), ("12 or 13", "12"), ("12 euros", "12"), ("１２", "12"), ("1,2", "12"), ("12e0", "12"),
+    ("0x0c", "12"), ("24/2", "12"), ("nan", "12"), ("1 2", "12"),
+    ("12" + "0" * 70, "12"), ("twelve", "12"), ("\u212aelvin", "Kelvin"), ("12.0000001", "12"),
     ("correct: true", "true"), ("zoë", "Zoë"),
 ])  # fmt: skip
 def test_what_is_not_the_truth(answer, truth):

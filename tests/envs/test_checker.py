@@ -42,4 +42,5 @@ def test_wrong_specs_and_options_are_not_broken_rules():
 def test_tokens_are_counted_where_they_can_be():
     with pytest.raises(envs.CheckError, match="999 tokens, more than 512"):
         envs.check(Sound, tasks=2, pool=10, count_tokens=lambda messages, tools: 999)
-    assert envs.check(Sound, tasks=2, pool=10, count_tokens=lambda m, t: 99).rules["tiny profile"] == "at most 99 tokens"
+    report = envs.check(Sound, tasks=2, pool=10, count_tokens=lambda messages, tools: 99)
+    assert report.rules["tiny profile"] == "at most 99 tokens"

@@ -106,7 +106,7 @@ def test_what_is_wrong_is_said(tmp_path, rows, options, said):
 
 
 def test_a_file_that_is_not_there():
-    with pytest.raises(ValueError, match="cannot read nowhere.jsonl: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read nowhere\.jsonl: No such file"):
         envs.make("jsonl:nowhere.jsonl")
 
 

@@ -29,7 +29,10 @@ def count_tokens():
     return count
 
 
-@pytest.mark.parametrize("options", [{}, {"level": "hard"}, {"profile": "tiny", "split": "eval"}, {"format_weight": 0.1}])
+TINY = {"profile": "tiny", "split": "eval"}
+
+
+@pytest.mark.parametrize("options", [{}, {"level": "hard"}, TINY, {"format_weight": 0.1}])
 def test_the_contract_is_kept(options, count_tokens):
     report = envs.check("tool_qa", tasks=10, pool=100, count_tokens=count_tokens, **options)
     assert report.rewards["oracle"] == pytest.approx(1.0)
@@ -148,7 +151,8 @@ def said(text: str, **options):
 
 
 @pytest.mark.parametrize("text, correct, formed", [
-    ("<answer>{}</answer>", 1, 1), ("It is <answer> {}. </answer>", 1, 1), ("<answer>x</answer><answer>{}</answer>", 1, 1),
+    ("<answer>{}</answer>", 1, 1), ("It is <answer> {}. </answer>", 1, 1),
+    ("<answer>x</answer><answer>{}</answer>", 1, 1),
     ("<answer>{}</answer><answer>x</answer>", 0, 1), ("{}", 0, 0), ("<answer>{0} or {0}</answer>", 0, 1),
     ("<answer></answer>", 0, 0), ("<answer>{}", 0, 0), ("<think><answer>{}</answer></think> <answer>no</answer>", 0, 1),
 ])  # fmt: skip

@@ -20,7 +20,7 @@ def spin() -> str:
     while True:
         try:
             time.sleep(0.001)
-        except BaseException:  # noqa: B036  (that is the point)
+        except BaseException:
             continue
 
 

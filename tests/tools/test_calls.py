@@ -34,8 +34,8 @@ def test_parsing_never_raises_on_characters(text):
 
 pieces = st.lists(
     st.sampled_from(
-        ["<tool_call>", "</tool_call>", '{"name": ', '"a"', "}", "{", "[", "\ud800", "\x00", "1e999", '"arguments": ', ",",
-         "\\ud83d", "NaN", ":", "-Infinity", "9" * 50, " "]
+        ["<tool_call>", "</tool_call>", '{"name": ', '"a"', "}", "{", "[", "\ud800", "\x00", "1e999",
+         '"arguments": ', ",", "\\ud83d", "NaN", ":", "-Infinity", "9" * 50, " "]
     ),
     max_size=40,
 )  # fmt: skip
@@ -62,7 +62,8 @@ def bad(body: str) -> str:
         ("", "invalid_json"), ("nonsense", "invalid_json"), ("[]", "not_an_object"), ("null", "not_an_object"),
         ("{}", "no_name"), ('{"name": 3}', "no_name"), ('{"name": ""}', "no_name"),
         ('{"name": "a", "arguments": "{}"}', "bad_arguments"), ('{"name": "a", "arguments": []}', "bad_arguments"),
-        ('{"name": "a", "name": "b"}', "invalid_json"), ('{"name": "a", "arguments": {"x": 1, "x": 1}}', "invalid_json"),
+        ('{"name": "a", "name": "b"}', "invalid_json"),
+        ('{"name": "a", "arguments": {"x": 1, "x": 1}}', "invalid_json"),
         ('{"name": "a", "arguments": {"x": NaN}}', "invalid_json"),
         ('{"name": "a", "arguments": {"x": -Infinity}}', "invalid_json"),
         ('{"name": "a", "arguments": {"x": 1e999}}', "invalid_json"),
