@@ -32,7 +32,7 @@ class Plan:
 
     seed: int = 0
     """Of the weights and of every document."""
-    steps: int = 6000
+    steps: int = 4000
     """Optimizer steps."""
     tokens: int = 2048
     """Tokens per step."""
