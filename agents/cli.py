@@ -13,11 +13,12 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 C = TypeVar("C")
+Errors = tuple[type[BaseException], ...]
 
 
 class UsageError(ValueError):
@@ -120,7 +121,8 @@ def _coerce(value: Any, hint: Any, base: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise UsageError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}{nearest(str(value), args)}")
+        known = ", ".join(map(str, args))
+        raise UsageError(f"{where} must be one of {known}, not {value!r}{nearest(str(value), args)}")
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and hint in (int, float, str, bool) and type(value) is not hint:
@@ -149,15 +151,29 @@ def as_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def run(main: Callable[[Sequence[str]], int | None], user_errors: tuple[type[BaseException], ...] = ()) -> None:
-    """Call `main(argv)` and exit: 2 with one line for a user's mistake, otherwise main's code."""
+def run(
+    main: Callable[[Sequence[str]], int | None],
+    user_errors: Errors | Callable[[], Errors] = (),
+) -> None:
+    """Call `main(argv)` and exit: 2 with one line for a user's mistake, otherwise main's code.
+
+    `user_errors` may be a function, called only after something was raised: types that live in slow modules.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = main(sys.argv[1:])
-    except (UsageError, *user_errors) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except UsageError as error:
+        _refuse(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except Exception as error:
+        if not isinstance(error, user_errors() if callable(user_errors) else user_errors):
+            raise
+        _refuse(error)
     raise SystemExit(code or 0)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None

@@ -5,7 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from agents.optim import OptimConfig
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How one model's weights are stepped."""
+
+    name: str = "adamw"
+    """Any optimizer of torch.optim, in any case: adamw, adam, sgd, rmsprop, ..."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Momentum, where the optimizer has one."""
+    beta2: float = 0.99
+    """Decay of the squared gradient, where the optimizer has one."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    warmup: int = 0
+    """Optimizer steps over which the rate rises linearly from zero."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,8 @@ class SaveConfig:
     """Checkpoints kept."""
     trajectories: int = 5
     """Store the episodes of every so many iterations (and of the first and the last); 0: none."""
+    eval_trajectories: int = 100
+    """Episodes of each evaluation to store beside them."""
 
 
 @dataclass(frozen=True)

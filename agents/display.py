@@ -231,7 +231,9 @@ def interval(triple: Sequence[float]) -> str:
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def results_table(summary: Mapping[str, Any], evals: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def results_table(
+    summary: Mapping[str, Any], evals: Sequence[Mapping[str, Any]], console: Console | None = None
+) -> None:
     """Held-out success with 95 % intervals, per level too, then where things are."""
     console = console or Console()
     table = Table(title="held-out success, 95 % Wilson intervals")

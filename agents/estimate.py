@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from agents import warm
-from agents.imitate import batch_of
+from agents.imitate import batch_of, record
 from agents.ledger import Ledger
 from agents.models import parameters
 from agents.session import Session
@@ -52,7 +52,7 @@ def _rollout(session: Session) -> tuple[int, list[Ledger], float]:
     if not ledgers:  # the policy says nothing: scripted episodes show what there is to read
         weights = warm.demonstrator_weights(session.make_env) or {"oracle": 1.0}
         demos = warm.demonstrations(session.make_env, weights, range(PROBE), 0, session.player.limits.max_turns)
-        ledgers = warm.ledgers_of(session.chat, demos, session.player.limits.max_context)[0]
+        ledgers = warm.fitting([record(session.chat, demo) for demo in demos], session.player.limits.max_context)[0]
     return sum(x.sampled for x in ledgers), ledgers, seconds
 
 

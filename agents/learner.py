@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from agents import optim
+from agents.config import OptimConfig
 from agents.critic import Critic, trunk_of
 from agents.dist import World
 from agents.forward import Convention, Positions, hidden_of, micro_batches
 from agents.head import ExactKL, FullEntropy, Functional, Head, TargetLogProb, evaluate, top_k
-from agents.optim import OptimConfig
 from policy_opt.bank import ModelSpec, Optim
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError, unknown
@@ -66,23 +66,28 @@ class LMLearner:
         convention: temperature and banned ids of the sampler.
         world: the processes; each works on its share of the rows.
         micro_tokens: tokens of a micro-batch, padding included.
+
+    Attributes:
+        version: optimizer steps so far.
+        streams: what the last backward pass saw, `[B, T]` by name.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        config: OptimConfig = OptimConfig(),
+        config: OptimConfig | None = None,
         *,
-        convention: Convention = Convention(),
+        convention: Convention | None = None,
         world: World | None = None,
         micro_tokens: int = 4096,
     ):
         self.model = model
-        self.config = config
-        self.convention = convention
+        self.config = config = config or OptimConfig()
+        self.convention = convention or Convention()
         self.world = world or World()
         self.micro_tokens = micro_tokens
         self.version = 0
+        self.streams: dict[str, Tensor] = {}
         self.device = next(model.parameters()).device
         self.members: dict[str, Member] = {"policy": Member(model, config, optim.build(model, config))}
 
@@ -101,7 +106,7 @@ class LMLearner:
             if name not in self.members:
                 self.members[name] = self._member(name, spec)
             elif self.members[name].spec != spec:
-                raise RecipeError(f"model `{name}` of the bank is declared in two ways: {self.members[name].spec}, {spec}")
+                raise RecipeError(f"model `{name}` of the bank is declared twice: {self.members[name].spec}, {spec}")
         for need in needs:
             self._check(need)
 
@@ -161,6 +166,7 @@ class LMLearner:
             cotangents = pull(rows_R, self._show(live, rows_R, b.T, out))
             _push([(live[name], cotangent_RT) for name, cotangent_RT in cotangents.items()])
         self.world.sum_(out.values())
+        self.streams = out
         return out
 
     def _guess_busy(self, b: Batch, needs: Sequence[Need], pull: Pull) -> Tensor:

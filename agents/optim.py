@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from agents.cli import UsageError, nearest
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """How one model's weights are stepped."""
-
-    name: str = "adamw"
-    """Any optimizer of torch.optim, in any case: adamw, adam, sgd, rmsprop, ..."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    beta1: float = 0.9
-    """Momentum, where the optimizer has one."""
-    beta2: float = 0.99
-    """Decay of the squared gradient, where the optimizer has one."""
-    weight_decay: float = 0.0
-    """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
-    warmup: int = 0
-    """Optimizer steps over which the rate rises linearly from zero."""
+from agents.config import OptimConfig
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

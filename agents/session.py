@@ -1,4 +1,4 @@
-"""Everything a run needs, built from its configuration: environment, model, chat format, engine, actor, learner, loop."""
+"""Everything a run needs, built from its configuration: environment, model, engine, actor, learner, loop."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ import torch
 from agents import cli, warm
 from agents.chat import ChatFormat
 from agents.cli import UsageError
+from agents.config import OptimConfig
 from agents.display import Display, choose
 from agents.forward import Convention
-from agents.imitate import Conversation, imitate, likelihood
+from agents.imitate import Conversation, imitate, likelihood, record
 from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.models import DTYPES, export, is_tiny, load_model
-from agents.optim import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,33 @@ def demonstrations(config: SftConfig, chat: ChatFormat) -> tuple[list[Ledger], i
         weights = warm.demonstrator_weights(make_env)
         if not weights:
             raise UsageError(f"{config.env} has no demonstrators; give --data")
-        conversations = warm.demonstrations(make_env, weights, range(config.episodes), config.seed, max_turns=64)
+        demos = warm.demonstrations(make_env, weights, range(config.episodes), config.seed, max_turns=64)
+        ledgers = [record(chat, demo) for demo in demos]
+    elif Path(config.data or "").is_dir():
+        ledgers = of_run(Path(config.data or ""), chat, config.only_correct)[: config.episodes]
     else:
-        assert config.data is not None
-        conversations = read(Path(config.data), config.only_correct)[: config.episodes]
-    ledgers, dropped = warm.ledgers_of(chat, conversations, config.max_context)
-    if len(ledgers) < 2:
-        raise UsageError(f"{len(ledgers)} usable conversations ({dropped} too long); imitation needs at least 2")
-    return ledgers, dropped
+        ledgers = [record(chat, c) for c in read(Path(config.data or ""))[: config.episodes]]
+    fitting, dropped = warm.fitting(ledgers, config.max_context)
+    if len(fitting) < 2:
+        raise UsageError(f"{len(fitting)} usable conversations ({dropped} too long); imitation needs at least 2")
+    return fitting, dropped
+
+
+def of_run(run: Path, chat: ChatFormat, only_correct: bool) -> list[Ledger]:
+    """Token records of a run's stored episodes, as they were sampled. UsageError where the tokenizer is another."""
+    from agents.evaluate import is_correct
+    from agents.store import StoreError, TrajectoryReader
+
+    if (run / "model").is_dir():
+        _, tokenizer = load_model(str(run))
+        if tokenizer.get_vocab() != chat.tokenizer.get_vocab():
+            raise UsageError(f"the episodes of {run} are tokens of another tokenizer than the model's")
+    try:
+        stored = list(TrajectoryReader(run / "trajectories"))
+    except (StoreError, OSError) as error:
+        raise UsageError(str(error)) from error
+    good = [t for t in stored if is_correct(t) or not only_correct]
+    return [t.ledger for t in good if t.ledger is not None and t.ledger.sampled]
 
 
 def split(ledgers: Sequence[Ledger], share: float, seed: int) -> tuple[list[Ledger], list[Ledger]]:
@@ -131,12 +150,8 @@ def split(ledgers: Sequence[Ledger], share: float, seed: int) -> tuple[list[Ledg
     return [ledgers[i] for i in order[aside:]], [ledgers[i] for i in order[:aside]]
 
 
-def read(path: Path, only_correct: bool) -> list[Conversation]:
-    """Conversations of a run folder's stored episodes, or of a JSONL file. UsageError names a bad line."""
-    if path.is_dir():
-        from agents.export import conversations_of
-
-        return [Conversation(m, t) for m, t in conversations_of(path, only_correct)]
+def read(path: Path) -> list[Conversation]:
+    """Conversations of a JSONL file. UsageError names a bad line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -174,4 +189,4 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
 if __name__ == "__main__":
     from agents.train import user_errors
 
-    cli.run(main, user_errors())
+    cli.run(main, user_errors)

@@ -6,16 +6,18 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agents import checkpoint, cli
+from agents import cli
 from agents.cli import UsageError
 from agents.config import TrainConfig
-from agents.dist import World, launched
-from agents.display import Display, choose, results_table
-from agents.runfolder import RunFolder, read_json
-from agents.session import Session, build
-from agents.trainer import Interrupted, Trainer, save_config
+
+if TYPE_CHECKING:  # the command line answers before torch and transformers are loaded
+    from agents.display import Display
+    from agents.dist import World
+    from agents.runfolder import RunFolder
+    from agents.session import Session
+    from agents.trainer import Interrupted, Trainer
 
 MODULE = "agents.train"
 MAY_CHANGE = frozenset({"steps", "eval", "save", "resume", "from_step", "dry_run", "json", "plain"})
@@ -30,6 +32,8 @@ def resolve(argv: Sequence[str]) -> TrainConfig:
         if config.from_step is not None:
             raise UsageError("--from-step names a checkpoint of a run to go on with: give --resume RUN as well")
         return config
+    from agents.runfolder import read_json
+
     saved = cli.from_mapping(read_json(Path(run) / "config.json"), TrainConfig, where=f"{run}/config.json")
     config = cli.parse(TrainConfig, argv, f"python -m {MODULE}", default=saved)
     for field in dataclasses.fields(TrainConfig):
@@ -54,6 +58,8 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     config = resolve(argv)
+    from agents.dist import World, launched
+
     with launched(MODULE, argv, config.processes):
         world = World.start(config.dtype == "bfloat16")
         try:
@@ -63,6 +69,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(config: TrainConfig, world: World) -> int:
+    from agents.display import choose
+    from agents.session import build
+    from agents.trainer import Interrupted, Trainer
+
     with choose(config.steps, plain=config.plain, silent=not world.main) as display:
         display.phase("setup", f"{config.model} on {config.env} with {config.algo}")
         session = build(config, world)
@@ -91,6 +101,9 @@ def _run(config: TrainConfig, world: World) -> int:
 
 def open_folder(config: TrainConfig, session: Session) -> RunFolder:
     """The run's folder, its configuration written."""
+    from agents.runfolder import RunFolder
+    from agents.trainer import save_config
+
     if config.resume:
         folder = RunFolder.open(Path(config.resume))
     else:
@@ -102,6 +115,8 @@ def open_folder(config: TrainConfig, session: Session) -> RunFolder:
 
 def _checkpoint_of(config: TrainConfig, display: Display) -> Path | None:
     """The checkpoint to go on from; None where the run was stopped before its first one."""
+    from agents import checkpoint
+
     assert config.resume is not None
     folder = Path(config.resume) / "checkpoints"
     if config.from_step is not None:
@@ -124,6 +139,8 @@ def _interrupted(stop: Interrupted, folder: RunFolder | None, display: Display) 
 
 def _report(summary: dict[str, Any], trainer: Trainer, config: TrainConfig) -> None:
     """The final table, and with --json one last line."""
+    from agents.display import results_table
+
     results_table(summary, trainer.evals)
     if config.json:
         keys = ("success_before", "success_after", "success_harder", "run", "report", "seconds")
@@ -133,11 +150,12 @@ def _report(summary: dict[str, Any], trainer: Trainer, config: TrainConfig) -> N
 def user_errors() -> tuple[type[BaseException], ...]:
     """What the user got wrong: one line and exit code 2."""
     from agents.chat import ChatFormatError
+    from agents.checkpoint import CheckpointError
     from envs import UnknownEnv
     from policy_opt.errors import RecipeError
 
-    return (RecipeError, ChatFormatError, UnknownEnv, checkpoint.CheckpointError)
+    return (RecipeError, ChatFormatError, UnknownEnv, CheckpointError)
 
 
 if __name__ == "__main__":
-    cli.run(main, user_errors())
+    cli.run(main, user_errors)

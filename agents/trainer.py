@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agents import checkpoint, warm
+from agents import checkpoint, recording, warm
 from agents.actor import facts_mean
 from agents.cli import UsageError, as_json
 from agents.config import TrainConfig
 from agents.display import Display
 from agents.doctor import diagnose
 from agents.evaluate import EvalResult, evaluate
+from agents.imitate import record
 from agents.models import export
 from agents.rollout import Progress
 from agents.runfolder import RunFolder, plain, write_json
 from agents.session import Session, derived, env_arguments
+from agents.trajectory import Trajectory
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
 
@@ -77,7 +79,7 @@ class Trainer:
         tasks = warm.demo_tasks(c.warm, c.train_tasks, c.seed)
         demos = warm.demonstrations(s.make_env, weights, tasks, c.seed, s.player.limits.max_turns)
         room = s.player.limits.max_context
-        ledgers, dropped = warm.ledgers_of(s.chat, demos, room)
+        ledgers, dropped = warm.fitting([record(s.chat, demo) for demo in demos], room)
         if dropped:
             self.display.note(f"{dropped} demonstrations do not fit {room} tokens and are left out")
         how = warm.warm_start(
@@ -132,14 +134,18 @@ class Trainer:
         hard = name == "harder"
         n = episodes or (c.eval.hard_episodes if hard else c.eval.episodes)
         self.display.phase(f"evaluation ({name})", f"{n} held-out tasks")
+        played: list[Trajectory] = []
         result = evaluate(
             s.player, c.env, episodes=n, level=c.eval.hard_level if hard else None, env_kwargs=env_arguments(c),
             seed=derived(c.seed, "evaluation"), label=name, step=s.loop.step, name=c.model, on_progress=self._on_eval,
+            keep=played.extend,
         )  # fmt: skip
         record = plain(result.as_dict())
         self.evals.append(record)
         if self.folder:
             self.folder.log("eval.jsonl", record)
+            if c.save.trajectories:
+                self._append(played[: c.save.eval_trajectories], step=s.loop.step, label=name)
         self.display.evaluation(name, record)
         return result
 
@@ -174,9 +180,19 @@ class Trainer:
             self.display.note(f"no checkpoint at step {s.loop.step}: {error}. Older ones are untouched.")
 
     def _store(self, batch: Batch) -> None:
+        """Keep this iteration's episodes, if they are due."""
         every, step = self.config.save.trajectories, self.session.loop.step
-        if every and (step == 1 or step % every == 0 or step == self.config.steps):
-            pass
+        if self.folder is None or not every or not (step == 1 or step % every == 0 or step == self.config.steps):
+            return
+        columns = recording.token_columns(batch, self.session.learner.streams)
+        self._append(self.session.actor.played, columns, step=step)
+
+    def _append(self, played: Sequence[Trajectory], columns: Any = None, **extra: Any) -> None:
+        assert self.folder is not None
+        try:
+            recording.store(self.folder.path / "trajectories", played, columns, **extra)
+        except OSError as error:
+            self.display.note(f"episodes of step {self.session.loop.step} are not stored: {error}")
 
     def restore(self, path: Path | None) -> None:
         """Go on exactly where a checkpoint stands; without one, from the beginning."""
@@ -193,9 +209,9 @@ class Trainer:
         """Export, report, summary."""
         s = self.session
         summary: dict[str, Any] = {}
-        for record in self.evals:
-            if record["label"] in ("before", "after", "harder"):
-                summary[f"success_{record['label']}"] = record["success"]
+        for entry in self.evals:
+            if entry["label"] in ("before", "after", "harder"):
+                summary[f"success_{entry['label']}"] = entry["success"]
         if self.folder is None:
             return summary
         summary["run"] = str(self.folder.path)

@@ -14,17 +14,15 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agents.chat import ChatFormat
-from agents.config import WarmConfig
+from agents.config import OptimConfig, WarmConfig
 from agents.dist import World
 from agents.engines.base import Key, Said, Voice
 from agents.engines.scripted import Scripted
 from agents.forward import Convention
-from agents.imitate import Conversation, digest, imitate, record
+from agents.imitate import Conversation, digest, imitate
 from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.models import fingerprint
-from agents.optim import OptimConfig
 from agents.rollout import Limits, MakeEnv, play_text
 from policy_opt.protocols import Job
 
@@ -134,8 +132,7 @@ def _keep(model: nn.Module, file: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def ledgers_of(chat: ChatFormat, demos: Sequence[Conversation], max_context: int) -> tuple[list[Ledger], int]:
-    """Ledgers of the demonstrations that fit the context, and how many did not."""
-    ledgers = [record(chat, demo) for demo in demos]
-    fitting = [x for x in ledgers if max(len(s) for s in x.segments) <= max_context]
-    return fitting, len(ledgers) - len(fitting)
+def fitting(ledgers: Sequence[Ledger], max_context: int) -> tuple[list[Ledger], int]:
+    """The ledgers whose every segment fits the context, and how many do not."""
+    kept = [x for x in ledgers if max(len(s) for s in x.segments) <= max_context]
+    return kept, len(ledgers) - len(kept)

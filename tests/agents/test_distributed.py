@@ -12,11 +12,10 @@ import torch
 import torch.multiprocessing as mp
 
 from agents import cli
-from agents.config import SaveConfig
+from agents.config import OptimConfig, SaveConfig
 from agents.dist import World, _free_port
 from agents.forward import Convention
 from agents.learner import LMLearner
-from agents.optim import OptimConfig
 from policy_opt.bank import CRITIC
 from policy_opt.need import VALUES
 from tests.agents.test_learner import ENTROPY, LOGP, batch, loss_of, tiny
@@ -29,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def steps_of(world: World) -> dict[str, torch.Tensor]:
     """Scores, gradients and weights of three optimizer steps with a critic."""
     b = batch(rows=9)
-    one = LMLearner(tiny(), OptimConfig(lr=0.01, clip=0.3), convention=Convention(0.8, (0, 7)), world=world, micro_tokens=60)
+    convention = Convention(0.8, (0, 7))
+    one = LMLearner(tiny(), OptimConfig(lr=0.01, clip=0.3), convention=convention, world=world, micro_tokens=60)
     one.prepare({"critic": CRITIC}, [], None)
     out = {}
     for step in range(3):

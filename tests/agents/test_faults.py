@@ -26,7 +26,7 @@ def refused(capsys, monkeypatch, *argv: str) -> str:
     """What the command says; it must exit 2 with one line."""
     monkeypatch.setattr("sys.argv", ["train", *argv])
     with pytest.raises(SystemExit) as stop:
-        cli.run(train.main, train.user_errors())
+        cli.run(train.main, train.user_errors)
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -108,8 +108,12 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, model_folder):  # 
     assert finish(forked(["--resume", str(tmp_path / "run"), "--steps", "2"], log), log) == 0, log.read_text()
 
 
-@pytest.mark.parametrize("damage, words", [("truncate", "is truncated"), ("foreign", "is no checkpoint of this program"),
-                                           ("other model", "is of another model"), ("other kind", "not a training checkpoint")])
+@pytest.mark.parametrize("damage, words", [
+    ("truncate", "is truncated"),
+    ("foreign", "is no checkpoint of this program"),
+    ("other model", "is of another model"),
+    ("other kind", "not a training checkpoint"),
+])
 def test_a_checkpoint_that_cannot_be_used_is_named(capsys, monkeypatch, tmp_path, model_folder, damage, words):  # noqa: F811
     run = tmp_path / "run"
     trainer = start(small(model_folder, steps=2, save=SaveConfig(every=1, keep=2)), run)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from agents.config import OptimConfig
 from agents.forward import Convention
 from agents.learner import LMLearner
-from agents.optim import OptimConfig
 from policy_opt.bank import CRITIC, REFERENCE, ModelSpec
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError

@@ -17,8 +17,8 @@ import torch
 from agents import checkpoint, cli, train
 from agents.cli import UsageError
 from agents.config import EvalConfig, SaveConfig
-from agents.dist import World
 from agents.display import Silent
+from agents.dist import World
 from agents.runfolder import RunFolder
 from agents.session import build
 from agents.trainer import Interrupted, Trainer

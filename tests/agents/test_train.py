@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from agents import train
-from agents.config import EvalConfig, RolloutConfig, SaveConfig, TrainConfig, WarmConfig
-from agents.dist import World
+from agents.config import EvalConfig, OptimConfig, RolloutConfig, SaveConfig, TrainConfig, WarmConfig
 from agents.display import Silent
+from agents.dist import World
 from agents.models import load_model
-from agents.optim import OptimConfig
 from agents.runfolder import RunFolder
 from agents.session import build
 from agents.trainer import Trainer, save_config
