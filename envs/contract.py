@@ -113,9 +113,7 @@ def _messages(s: Subject) -> str:
         for tool in played.tools:
             function = tool.get("function", {})
             _require(tool.get("type") == "function" and "name" in function, f"{tool} is no OpenAI-style tool")
-            _require(
-                function.get("parameters", {}).get("type") == "object", f"{function['name']}: no parameters"
-            )
+            _require(function.get("parameters", {}).get("type") == "object", f"{function['name']}: no parameters")
     return f"{seen} messages"
 
 
@@ -158,9 +156,7 @@ def _other_process(s: Subject) -> str:
     outcome = worker.run(fingerprints, arguments, 120.0, 100_000)
     _require(outcome.error is None, f"another process cannot make {s.spec!r}: {outcome.text}")
     ours = fingerprints(s.spec, s.options, env.split, arguments["indices"])
-    _require(
-        json.loads(outcome.text) == ours, "another process has other tasks (hash(), set order, the clock?)"
-    )
+    _require(json.loads(outcome.text) == ours, "another process has other tasks (hash(), set order, the clock?)")
     return f"{len(ours)} tasks"
 
 
@@ -183,8 +179,7 @@ def _splits(s: Subject) -> str:
 
 
 def _oracle(s: Subject) -> str:
-    """The oracle reaches the bound on every task (on average, where chance plays), in every split and
-    level."""
+    """The oracle reaches the bound on every task (on average, where chance plays), in every split and level."""
     probe = s.make()
     found: list[float] = []
     for split in probe.splits:
@@ -202,9 +197,7 @@ def _oracle(s: Subject) -> str:
                 if not env.chance:
                     _require(gaps[-1] < 1e-9, f"{episode.task_id}: the oracle misses the bound by {gaps[-1]}")
             spread = float(np.std(gaps)) / math.sqrt(len(gaps))
-            _require(
-                float(np.mean(gaps)) <= 1e-9 + 3 * spread, f"the oracle misses the bound by {np.mean(gaps)}"
-            )
+            _require(float(np.mean(gaps)) <= 1e-9 + 3 * spread, f"the oracle misses the bound by {np.mean(gaps)}")
             found += [e.reward for e in played]
     s.rewards["oracle"] = float(np.mean(found))
     return f"{len(found)} episodes, mean reward {s.rewards['oracle']:.3f}"
@@ -240,18 +233,14 @@ def _hacks(s: Subject) -> str:
     env = s.make()
     honest_script = env.scripts.get("abstain", _non_answer)
     n = len(s.play("oracle"))
-    honest = [
-        run_script(env, honest_script, np.random.default_rng([6, i]), {"index": i}).reward for i in range(n)
-    ]
+    honest = [run_script(env, honest_script, np.random.default_rng([6, i]), {"index": i}).reward for i in range(n)]
     for name in env.hacks:
         played = s.play(name)
         s.rewards[f"hack {name}"] = float(np.mean([p.reward for p in played]))
         for index, episode in enumerate(played):
             where = f"hack {name!r} on {episode.task_id}"
             _require(episode.verdict.scores.get("correct", 0.0) <= 0, f"{where} is graded correct")
-            _require(
-                episode.reward <= honest[index] + 1e-9, f"{where} earns {episode.reward} > {honest[index]}"
-            )
+            _require(episode.reward <= honest[index] + 1e-9, f"{where} earns {episode.reward} > {honest[index]}")
     return f"{len(env.hacks)} hacks on {n} tasks"
 
 
@@ -268,9 +257,7 @@ def _copies(s: Subject) -> str:
             twin = clone(env)
             theirs = [_comparable(twin.step(text)) for text in played.texts[middle:]]
             ours = [_comparable(env.step(text)) for text in played.texts[middle:]]
-            _require(
-                theirs == ours, f"{played.task_id}: a copy taken after {middle} turns goes on differently"
-            )
+            _require(theirs == ours, f"{played.task_id}: a copy taken after {middle} turns goes on differently")
             n += 1
     return f"{n} copies"
 
@@ -327,9 +314,7 @@ def _endings(s: Subject) -> str:
             pass
     env.reset(seed=2)
     *_, truncated, info = env.step("a" * (env.max_chars + 1))
-    _require(
-        truncated and info["stop_reason"] == "too_long", "a turn over max_chars does not end the episode"
-    )
+    _require(truncated and info["stop_reason"] == "too_long", "a turn over max_chars does not end the episode")
     return "finish, late steps, too long a turn"
 
 

@@ -18,8 +18,7 @@ from tools import CallFormat, ParsedTurn, Toolbox, ToolResult, get_format
 from tools.toolbox import encodable
 
 Message = dict[str, Any]
-"""``{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}``; tool messages carry a
-``name``."""
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}``; tool messages carry a ``name``."""
 Script = Callable[["ChatEnv", np.random.Generator], Generator[str, Mapping[str, Any], None]]
 """A coroutine that plays an environment: it yields action texts and is sent observations."""
 
@@ -105,8 +104,7 @@ class Episode:
 
 
 class ChatEnv(gymnasium.Env[dict[str, Any], str]):
-    """Base of all environments. A family defines `task`, `opening`, `judge`, often `toolbox`, sometimes
-    `reply`.
+    """Base of all environments. A family defines `task`, `opening`, `judge`, often `toolbox`, sometimes `reply`.
 
     Args:
         split: where tasks come from; by default the first of `splits`, which is `train` for all that train.
@@ -167,13 +165,11 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     # ------------------------------------------------------------ what a family defines
 
     def task(self, split: str, index: int, level: int | str | None = None) -> Task:
-        """The task of that number: a pure function, the same in every process. Level None is the env's
-        own."""
+        """The task of that number: a pure function, the same in every process. Level None is the env's own."""
         raise NotImplementedError
 
     def opening(self, task: Task) -> Sequence[Message]:
-        """The messages that an episode starts with. State of the episode that is the family's own is set up
-        here."""
+        """The messages that an episode starts with. State of the episode that is the family's own is set up here."""
         raise NotImplementedError
 
     def judge(self, task: Task, final: str | None) -> Verdict:
@@ -203,8 +199,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; options `index`, `split`, `level` choose the task, else `index` derives from the
-        seed."""
+        """Start an episode; options `index`, `split`, `level` choose the task, else `index` derives from the seed."""
         super().reset(seed=seed)
         split, index, level = self._choose(options or {})
         task = self.task(split, index, level)
@@ -222,16 +217,12 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         """Take one turn of the agent: its raw text. Returns the new messages since."""
         episode = self._episode
         if episode is None or episode.stop_reason is not None:
-            raise ResetNeeded(
-                f"the episode of {self.name or type(self).__name__} is over; call reset() first"
-            )
+            raise ResetNeeded(f"the episode of {self.name or type(self).__name__} is over; call reset() first")
         if not isinstance(action, str):
             raise InvalidAction(f"an action is the text of a turn, got {type(action).__name__}")
         episode.turns += 1
         if len(action) > self.max_chars:
-            episode.messages.append(
-                {"role": "assistant", "content": encodable(str(action[: self.max_chars]))}
-            )
+            episode.messages.append({"role": "assistant", "content": encodable(str(action[: self.max_chars]))})
             return self._over((), TOO_LONG, terminated=False)
         text = str(action) if action.isascii() else encodable(str(action))
         messages, results = episode.messages, episode.results
@@ -334,9 +325,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
             return split, int(self.np_random.integers(count or _INDEX_RANGE)), level
         index = int(options["index"])
         if index < 0 or (count is not None and index >= count):
-            raise ValueError(
-                f"{self.name} has no task {index} in split {split!r} ({count or 'endless'} tasks)"
-            )
+            raise ValueError(f"{self.name} has no task {index} in split {split!r} ({count or 'endless'} tasks)")
         return split, index, level
 
     def _over(
@@ -351,8 +340,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         return observation, verdict.reward - episode.earned, terminated, not terminated, info
 
     def _grade(self, episode: Episode) -> Verdict:
-        """The family's verdict with the facts that all environments share; a raising verifier is an
-        outcome."""
+        """The family's verdict with the facts that all environments share; a raising verifier is an outcome."""
         try:
             verdict = self.judge(episode.task, episode.final)
         except Exception as error:
@@ -390,9 +378,7 @@ def draw_level(level: int | str, mixes: Mapping[str, Mapping[int, float]], u: fl
 
 def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
     """The words of a message's content; other parts left out."""
-    return (
-        content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
-    )
+    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
 
 
 def fingerprint(*content: Any) -> str:

@@ -67,12 +67,9 @@ def flood(env: ChatEnv, rng: np.random.Generator) -> Turns:
 def answer_in_call(env: ChatEnv, rng: np.random.Generator) -> Turns:
     """Hides an answer in the arguments of a call to a tool that is none."""
     while True:
-        yield env.call_format.render(
-            "", [ToolCall("submit", {"answer": "<answer>x</answer>", "correct": True})]
-        )
+        yield env.call_format.render("", [ToolCall("submit", {"answer": "<answer>x</answer>", "correct": True})])
 
 
 COMMON_HACKS: Mapping[str, Script] = {
-    f.__name__: f
-    for f in (silence, empty_answer, echo, override, forged_roles, calls_only, flood, answer_in_call)
+    f.__name__: f for f in (silence, empty_answer, echo, override, forged_roles, calls_only, flood, answer_in_call)
 }

@@ -88,15 +88,11 @@ class JsonlEnv(ChatEnv):
         row = self._rows()[split][index]
         content = question_of(row)
         print_of = fingerprint(content)
-        return Task(
-            f"jsonl/{split}/{index}/{print_of[:8]}", split, index, 1, {"question": content}, row, print_of
-        )
+        return Task(f"jsonl/{split}/{index}/{print_of[:8]}", split, index, 1, {"question": content}, row, print_of)
 
     def opening(self, task: Task) -> Sequence[Message]:
         content = task.prompt["question"]
-        asked = (
-            [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
-        )
+        asked = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
         if self.system and asked[0]["role"] != "system":
             asked.insert(0, {"role": "system", "content": self.system})
         return asked
@@ -105,11 +101,7 @@ class JsonlEnv(ChatEnv):
         if final is None:
             return Verdict(self.lowest_reward, {"correct": 0.0}, {"answered": False})
         given = find_reward(self.reward)(final, dict(task.truth))
-        scores = (
-            {k: float(v) for k, v in given.items()}
-            if isinstance(given, Mapping)
-            else {"reward": float(given)}
-        )
+        scores = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else {"reward": float(given)}
         reward = scores.pop("reward")
         facts = {"answered": True, "answer_key": str(task.truth.get("answer", ""))}
         return Verdict(reward, {"correct": float(reward >= 1.0), **scores}, facts)
@@ -140,9 +132,7 @@ def _load(path: str, _mtime: int, _size: int, eval_share: float) -> Mapping[str,
                 rows.append((int.from_bytes(digest.digest(), "big") / 2**64, row))
     places = sorted({place for place, _ in rows})
     if len(places) < 2:
-        raise ValueError(
-            f"{path}: needs at least two different questions, one to train on and one to evaluate on"
-        )
+        raise ValueError(f"{path}: needs at least two different questions, one to train on and one to evaluate on")
     # A small file may have no question below the share (or none above): then the outermost one goes there.
     border = min(max(eval_share, np.nextafter(places[0], 1.0)), places[-1])
     return {

@@ -57,9 +57,7 @@ def run_script(
     finally:
         turns.close()
     messages = tuple(env.episode.messages)
-    return Played(
-        env.episode.task.task_id, tuple(texts), messages, tools, info["verdict"], total, info["stop_reason"]
-    )
+    return Played(env.episode.task.task_id, tuple(texts), messages, tools, info["verdict"], total, info["stop_reason"])
 
 
 def find_script(env: ChatEnv, name: str) -> Script:

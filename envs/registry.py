@@ -150,6 +150,4 @@ def _check_options(cls: type[ChatEnv], options: Mapping[str, Any]) -> None:
         if key not in accepted:
             near = difflib.get_close_matches(key, accepted, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(
-                f"{cls.__name__} has no option {key!r}{hint} (options: {', '.join(sorted(accepted))})"
-            )
+            raise TypeError(f"{cls.__name__} has no option {key!r}{hint} (options: {', '.join(sorted(accepted))})")

@@ -62,8 +62,7 @@ def _tokens(expression: str) -> list[str]:
 
 
 class _Parser:
-    """comparison: sum [op sum]; sum: product {± product}; product: unary {*/ unary}; unary: -unary |
-    power."""
+    """comparison: sum [op sum]; sum: product {± product}; product: unary {*/ unary}; unary: -unary | power."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens, self.position, self.depth = tokens, 0, 0

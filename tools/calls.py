@@ -35,8 +35,7 @@ class BadCall:
     """Something that began like a call and could not be read."""
 
     error: str
-    """``invalid_json``, ``not_an_object``, ``no_name``, ``bad_arguments``, ``unclosed`` or
-    ``too_many_calls``."""
+    """``invalid_json``, ``not_an_object``, ``no_name``, ``bad_arguments``, ``unclosed`` or ``too_many_calls``."""
     message: str
     """What is wrong, in words for the agent."""
     raw: str = field(default="", compare=False)
@@ -110,9 +109,7 @@ class Hermes:
         for call in calls:
             body = json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
             # A tag inside a value would end the call early; JSON may write "<" as an escape.
-            body = body.replace(self.open, "\\u003c" + self.open[1:]).replace(
-                self.close, "\\u003c" + self.close[1:]
-            )
+            body = body.replace(self.open, "\\u003c" + self.open[1:]).replace(self.close, "\\u003c" + self.close[1:])
             parts.append(f"{self.open}{body}{self.close}")
         return "".join(parts)
 

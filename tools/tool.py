@@ -39,18 +39,14 @@ class Tool:
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise ValueError(
-                f"tool name {self.name!r} must be letters, digits, '_', '.', '-', at most 64 of them"
-            )
+            raise ValueError(f"tool name {self.name!r} must be letters, digits, '_', '.', '-', at most 64 of them")
         if self.parameters.get("type") != "object":
             raise ValueError(f"tool {self.name}: parameters must be a JSON Schema of type 'object'")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise ValueError(f"tool {self.name}: timeout_s must be positive, got {self.timeout_s}")
 
     @classmethod
-    def from_function(
-        cls, fn: Callable[..., Any], *, name: str | None = None, timeout_s: float | None = None
-    ) -> Tool:
+    def from_function(cls, fn: Callable[..., Any], *, name: str | None = None, timeout_s: float | None = None) -> Tool:
         """Tool from a function: its name, the first paragraph of its docstring, a schema from its type hints.
 
         Descriptions of single arguments are read from a Google-style ``Args:`` section.
@@ -90,8 +86,7 @@ class Tool:
 
 
 def schema_of(hint: Any, where: str = "type hint") -> dict[str, Any]:
-    """JSON Schema of a type hint: str, int, float, bool, list, dict, Literal, Optional and unions of
-    these."""
+    """JSON Schema of a type hint: str, int, float, bool, list, dict, Literal, Optional and unions of these."""
     if hint in _SIMPLE:
         return {"type": _SIMPLE[hint]}
     if hint is list:
@@ -107,9 +102,7 @@ def schema_of(hint: Any, where: str = "type hint") -> dict[str, Any]:
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [schema_of(a, where) for a in arguments]}
-    raise TypeError(
-        f"{where}: {hint!r} has no JSON Schema; use str, int, float, bool, list, dict, Literal or unions"
-    )
+    raise TypeError(f"{where}: {hint!r} has no JSON Schema; use str, int, float, bool, list, dict, Literal or unions")
 
 
 def _read_docstring(doc: str) -> tuple[str, dict[str, str]]:

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -46,9 +47,7 @@ def check_importable(fn: Callable[..., Any], why: str) -> None:
     except Exception as error:
         raise ValueError(f"{why}, so its function must be importable from a module ({error})") from None
     if inside_main:
-        raise ValueError(
-            f"{why}, so its function must stand in a module, not in the script that is being run"
-        )
+        raise ValueError(f"{why}, so its function must stand in a module, not in the script that is being run")
 
 
 def run(fn: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float, max_chars: int) -> Outcome:
@@ -176,6 +175,7 @@ def _read_exactly(pipe: IO[bytes], size: int, deadline: float) -> bytes:
 
 def serve() -> None:
     """The worker's loop: read a call, say that it is loaded, run it, reply."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     source = sys.stdin.buffer
     # What a tool prints must not mix with the replies: they get the real stdout, print gets stderr.
     sink = os.fdopen(os.dup(1), "wb")
@@ -194,6 +194,13 @@ def serve() -> None:
             continue
         send(b"loaded")
         send(json.dumps(_result(fn, arguments, max_chars)).encode())
+
+
+def _end_with(parent: int) -> None:
+    """A worker does not outlive the process that it works for, even one that was killed during a call."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _result(fn: Callable[..., Any], arguments: Mapping[str, Any], max_chars: int) -> tuple[str, str | None]:

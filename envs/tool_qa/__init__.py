@@ -40,9 +40,7 @@ class ToolQA(ChatEnv):
         super().__init__(**options)
 
     def task(self, split: str, index: int, level: int | str | None = None) -> Task:
-        return generate(
-            self.name, self.profile, split, index, self.known_level(self.level if level is None else level)
-        )
+        return generate(self.name, self.profile, split, index, self.known_level(self.level if level is None else level))
 
     def opening(self, task: Task) -> Sequence[Message]:
         return (

@@ -219,11 +219,7 @@ def found2(d: Draft) -> Question | None:
         return None
     (name, attribute), description, step = found
     path = d.chain(name, 2)
-    if (
-        path is None
-        or attribute in {a for _, a in path}
-        or d.fact(name, attribute) in {d.fact(*f) for f in path}
-    ):
+    if path is None or attribute in {a for _, a in path} or d.fact(name, attribute) in {d.fact(*f) for f in path}:
         return None
     words = {"np": f"the {path[1][1]} of the {path[0][1]} of {description}"}
     return Question(words, d.fact(*path[-1]), [step, *d.lookups(path)], 3, path, (name, attribute))

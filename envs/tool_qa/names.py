@@ -11,9 +11,7 @@ import scenarios
 
 T = TypeVar("T")
 
-DATA: dict[str, Any] = tomllib.loads(
-    (scenarios.folder("tool_qa") / "worlds.toml").read_text(encoding="utf-8")
-)
+DATA: dict[str, Any] = tomllib.loads((scenarios.folder("tool_qa") / "worlds.toml").read_text(encoding="utf-8"))
 
 _ONSETS, _VOWELS, _CODAS = (DATA["names"][k].split() for k in ("onsets", "vowels", "codas"))
 _CODA_SHARE, _THREE = DATA["names"]["coda_share"], DATA["names"]["three_syllables"]

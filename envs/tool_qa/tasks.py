@@ -14,9 +14,7 @@ from envs.tool_qa import forms, world
 from envs.tool_qa.names import DATA, Uniform, pick, weighted
 from tools.search import Search
 
-CONFIG: dict[str, Any] = tomllib.loads(
-    (scenarios.folder("tool_qa") / "questions.toml").read_text(encoding="utf-8")
-)
+CONFIG: dict[str, Any] = tomllib.loads((scenarios.folder("tool_qa") / "questions.toml").read_text(encoding="utf-8"))
 MIXES = {mix: {int(k): w for k, w in weights.items()} for mix, weights in CONFIG["mixes"].items()}
 _TRIES = 200
 

@@ -14,12 +14,8 @@ from tools.search import Search
 ATTRIBUTES: Mapping[str, Mapping[str, Mapping]] = DATA["attributes"]
 KINDS = tuple(ATTRIBUTES)
 _MONTHS = DATA["days"]["months"]
-_LINK = {
-    kind: tuple(a for a, s in table.items() if s["value"] in KINDS) for kind, table in ATTRIBUTES.items()
-}
-_NUMERIC = {
-    kind: tuple(a for a, s in table.items() if s["value"] == "number") for kind, table in ATTRIBUTES.items()
-}
+_LINK = {kind: tuple(a for a, s in table.items() if s["value"] in KINDS) for kind, table in ATTRIBUTES.items()}
+_NUMERIC = {kind: tuple(a for a, s in table.items() if s["value"] == "number") for kind, table in ATTRIBUTES.items()}
 
 
 @dataclass(frozen=True)
@@ -83,9 +79,7 @@ def _facts_of(
     return table
 
 
-def documents(
-    u: Uniform, world: World, hidden: frozenset[tuple[str, str]], shown: tuple[str, str] | None
-) -> list[str]:
+def documents(u: Uniform, world: World, hidden: frozenset[tuple[str, str]], shown: tuple[str, str] | None) -> list[str]:
     """One line per thing with two or three of its facts: never a hidden one, always the shown one."""
     lines = []
     low, high = DATA["search"]["facts"]

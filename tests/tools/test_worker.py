@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from tests.tools import slow_tools
 from tools import Tool, Toolbox, ToolCall, worker
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def box(fn, limit: float = 30.0, **options) -> Toolbox:
@@ -64,5 +70,32 @@ def test_workers_end_with_the_interpreter():
     tools = box(slow_tools.whoami)
     pid = int(tools.call(ToolCall("whoami", {})).text)
     worker.shutdown()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert not runs(pid)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_worker_does_not_outlive_a_killed_parent():
+    code = (
+        "from tests.tools import slow_tools\n"
+        "from tools import worker\n"
+        "print(worker.run(slow_tools.whoami, {}, 30, 100).text, flush=True)\n"
+        "worker.run(slow_tools.hang, {'seconds': 600.0}, 600, 100)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(600):
+        if not runs(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"worker {pid} is still there")
