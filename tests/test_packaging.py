@@ -87,3 +87,12 @@ def test_foreign_agents_stays_usable_and_a_clash_is_named(crowded):
 def test_console_script_lists_commands_and_suggests(crowded):
     done = python(crowded, "import sys; sys.argv = ['palaestra', 'trian']; from palaestra.cli import main; main()")
     assert done.returncode == 2 and "did you mean `train`" in done.stderr
+
+
+def test_agents_names_a_foreign_package_of_a_needed_name(tmp_path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "__init__.py").write_text("")
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import agents"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode != 0
+    assert "needs its own package `tools`" in done.stderr and "import palaestra" in done.stderr
