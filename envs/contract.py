@@ -151,11 +151,11 @@ def _other_process(s: Subject) -> str:
     if s.spec is None:
         return "not looked at: the class cannot be imported by another process"
     env = s.make()
-    arguments = {"spec": s.spec, "options": dict(s.options), "split": env.split, "indices": list(range(5))}
-    arguments["indices"] = _indices(s, env, env.split)[:5]
+    indices = _indices(s, env, env.split)[:5]
+    arguments = {"spec": s.spec, "options": dict(s.options), "split": env.split, "indices": indices}
     outcome = worker.run(fingerprints, arguments, 120.0, 100_000)
     _require(outcome.error is None, f"another process cannot make {s.spec!r}: {outcome.text}")
-    ours = fingerprints(s.spec, s.options, env.split, arguments["indices"])
+    ours = fingerprints(s.spec, s.options, env.split, indices)
     _require(json.loads(outcome.text) == ours, "another process has other tasks (hash(), set order, the clock?)")
     return f"{len(ours)} tasks"
 
@@ -318,6 +318,18 @@ def _endings(s: Subject) -> str:
     return "finish, late steps, too long a turn"
 
 
+def _render(s: Subject) -> str:
+    """Every render mode shows something, during an episode and after it."""
+    modes = [m for m in s.make().metadata["render_modes"] if m != "human"]
+    for mode in modes:
+        env = s.make(render_mode=mode)
+        env.reset(seed=4)
+        _require(env.render() is not None, f"render mode {mode!r} shows nothing during an episode")
+        env.finish("context")
+        _require(env.render() is not None, f"render mode {mode!r} shows nothing after an episode")
+    return ", ".join(modes)
+
+
 def _global_state(s: Subject) -> str:
     """The global random generators stay as they are."""
     before = random.getstate(), _numpy_state()
@@ -361,7 +373,7 @@ def _characters(played: Played) -> int:
 RULES: Mapping[str, Callable[[Subject], str]] = {
     "gymnasium": _gymnasium, "card": _card, "messages": _messages, "determinism": _determinism,
     "other process": _other_process, "splits": _splits, "oracle": _oracle, "random": _random,
-    "verdicts": _verdicts, "hacks": _hacks, "copies": _copies, "hostile text": _hostile, "endings": _endings,
+    "verdicts": _verdicts, "hacks": _hacks, "copies": _copies, "hostile text": _hostile, "endings": _endings, "render": _render,
     "global state": _global_state, "tiny profile": _tiny,
 }  # fmt: skip
 """In this order; the first broken one is reported."""

@@ -141,11 +141,14 @@ def _verified(cls: Any, spec: str) -> type[ChatEnv]:
 
 def _check_options(cls: type[ChatEnv], options: Mapping[str, Any]) -> None:
     """Options of the constructor, own and inherited; an unknown one is named with the nearest known."""
-    accepted = set(inspect.signature(cls.__init__).parameters) - {"self"}
-    forwards = accepted & {"kwargs", "own", "options"}
-    accepted -= forwards
-    if forwards:
-        accepted |= set(inspect.signature(ChatEnv.__init__).parameters) - {"self"}
+    accepted: set[str] = set()
+    for base in cls.__mro__:  # as far up as keywords are passed on
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            accepted |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.kind is p.POSITIONAL_OR_KEYWORD}
+            if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+                break
+    accepted -= {"self"}
     for key in options:
         if key not in accepted:
             near = difflib.get_close_matches(key, accepted, n=1)
