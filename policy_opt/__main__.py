@@ -5,6 +5,7 @@ policy_opt grpo`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,9 @@ def card(recipe: Recipe) -> str:
     if recipe.variants:
         lines.append(f"  variants: {', '.join(recipe.variants)}")
     lines.append("  options:")
-    lines += [f"    {address.full}" for address in addresses(recipe)]
+    for address in addresses(recipe):
+        if not dataclasses.is_dataclass(address.value) and not isinstance(address.value, tuple):
+            lines.append(f"    {address.full}={address.value!r}")
     return "\n".join(lines)
 
 

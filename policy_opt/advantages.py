@@ -118,6 +118,16 @@ class LeaveOneOut(Part):
         return b.put(adv_B=g.centred_B * (g.size_Q / (g.size_Q - 1).clamp(min=1))[g.index_B])
 
 
+def recur(x_BT: Tensor, mask_BT: Tensor, factor: float) -> Tensor:
+    """y_t = x_t + factor * y_(t+1) on policy tokens, y_t = y_(t+1) on all others, y = 0 after the end: [B, T]."""
+    x_TB = torch.where(mask_BT, x_BT, 0).T.contiguous()
+    factor_TB = torch.where(mask_BT, x_TB.new_tensor(factor), x_TB.new_tensor(1.0)).T.contiguous()
+    found = [x_TB.new_zeros(x_TB.shape[1])]
+    for x_B, factor_B in zip(reversed(x_TB.unbind()), reversed(factor_TB.unbind()), strict=True):
+        found.append(torch.addcmul(x_B, factor_B, found[-1]))
+    return torch.stack(found[:0:-1], 1)
+
+
 @dataclass(frozen=True)
 class GAE(Part):
     """Generalised advantage estimation over the policy's tokens (Schulman et al. 2015, arXiv 1506.02438).
@@ -139,15 +149,10 @@ class GAE(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         value_BT = torch.where(b.mask_BT, b["values_old_BT"], 0)
-        mask_TB, reward_TB, value_TB = b.mask_BT.T, b["token_reward_BT"].T, value_BT.T
-        adv_TB = torch.zeros_like(value_TB)
-        trace_B = next_B = torch.zeros_like(value_TB[:1].sum(0))
-        for t in reversed(range(b.T)):
-            delta_B = reward_TB[t] + self.gamma * next_B - value_TB[t]
-            trace_B = torch.where(mask_TB[t], delta_B + self.gamma * self.lam * trace_B, trace_B)
-            next_B = torch.where(mask_TB[t], value_TB[t], next_B)
-            adv_TB[t] = trace_B
-        adv_BT = torch.where(b.mask_BT, adv_TB.T, 0)
+        here_BT = recur(value_BT, b.mask_BT, 0.0)
+        next_BT = torch.nn.functional.pad(here_BT[:, 1:], (0, 1))
+        delta_BT = b["token_reward_BT"] + self.gamma * next_BT - value_BT
+        adv_BT = torch.where(b.mask_BT, recur(delta_BT, b.mask_BT, self.gamma * self.lam), 0)
         return b.put(adv_BT=adv_BT, returns_BT=adv_BT + value_BT)
 
 
@@ -163,13 +168,7 @@ class RewardToGo(Part):
     writes = frozenset({"adv_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        mask_TB, reward_TB = b.mask_BT.T, b["token_reward_BT"].T
-        found_TB = torch.zeros_like(reward_TB)
-        trace_B = torch.zeros_like(reward_TB[:1].sum(0))
-        for t in reversed(range(b.T)):
-            trace_B = torch.where(mask_TB[t], reward_TB[t] + self.gamma * trace_B, trace_B)
-            found_TB[t] = trace_B
-        return b.put(adv_BT=torch.where(b.mask_BT, found_TB.T, 0))
+        return b.put(adv_BT=torch.where(b.mask_BT, recur(b["token_reward_BT"], b.mask_BT, self.gamma), 0))
 
 
 @dataclass(frozen=True)

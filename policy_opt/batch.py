@@ -62,7 +62,8 @@ class Batch:
     version_BT: Tensor
     """Policy version (number of optimizer steps) that sampled the token, int64."""
     units: Mapping[str, Tensor] = field(default_factory=dict)
-    """Integer ids: per row group_B, task_B, member_B, seat_B, parent_B; per token turn_BT, segment_BT."""
+    """Integer ids: per row group_B, task_B, member_B, seat_B and parent_B (the row that this one continues; -1: it
+    is a first segment, -2: that row is not in this batch); per token turn_BT, segment_BT."""
     cols: Mapping[str, Tensor] = field(default_factory=dict)
     """Everything else by name."""
     pairs_P2: Tensor | None = None
@@ -164,14 +165,14 @@ class Batch:
 
     @property
     def branched(self) -> bool:
-        """Does any trajectory have more than one row (segments with parent_B >= 0)?"""
+        """Does any trajectory have more than one row?"""
         if "branched" not in self.cache:
-            self.cache["branched"] = bool((self["parent_B"] >= 0).any())
+            self.cache["branched"] = not bool(self.once().all())
         return self.cache["branched"]
 
     def once(self) -> Tensor:
         """True on the first row of each trajectory, for statistics that count a trajectory once: [B]."""
-        return self["parent_B"] < 0
+        return self["parent_B"] == -1
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -197,7 +198,10 @@ class Batch:
             changes["cols"] = {**self.cols, **cols}
         if units:
             changes |= {"units": {**self.units, **units}, "cache": {}}
-        return replace(self, **changes)
+        # Not `replace`, which would check every column again.
+        found = object.__new__(Batch)
+        found.__dict__.update(self.__dict__, **changes)
+        return found
 
     def _check(self, name: str, value: Tensor) -> None:
         sizes = {"B": self.tokens_BT.shape[0], "T": self.tokens_BT.shape[1]}
@@ -217,15 +221,16 @@ class Batch:
             return {k: v[rows_R] if dims(k).startswith("B") else v for k, v in values.items()}
 
         changes: dict[str, Any] = {name: getattr(self, name)[rows_R] for name in CORE}
-        changes["pairs_P2"] = None if self.pairs_P2 is None else self._pairs_of(rows_R)
-        return replace(self, **changes, units=take(self.units), cols=take(self.cols), cache={})
-
-    def _pairs_of(self, rows_R: Tensor) -> Tensor:
-        assert self.pairs_P2 is not None
-        where_B = torch.full((self.B,), -1, dtype=torch.long, device=rows_R.device)
-        where_B[rows_R] = torch.arange(rows_R.numel(), device=rows_R.device)
-        moved_P2 = where_B[self.pairs_P2]
-        return moved_P2[(moved_P2 >= 0).all(1)]
+        units = take(self.units)
+        if self.pairs_P2 is not None or self.branched:
+            where_B = torch.full((self.B,), -2, dtype=torch.long, device=self.mask_BT.device)
+            where_B[rows_R] = torch.arange(rows_R.numel(), device=where_B.device)
+            parent_R = units["parent_B"]
+            units["parent_B"] = torch.where(parent_R >= 0, where_B[parent_R.clamp(min=0)], parent_R)
+            if self.pairs_P2 is not None:
+                moved_P2 = where_B[self.pairs_P2]
+                changes["pairs_P2"] = moved_P2[(moved_P2 >= 0).all(1)]
+        return replace(self, **changes, units=units, cols=take(self.cols), cache={})
 
     def silence(self, keep_B: Tensor) -> Batch:
         """The same rows with an empty mask where keep_B is False: they leave numerators and denominators."""
@@ -299,13 +304,12 @@ def concat(batches: Sequence[Batch]) -> Batch:
     changes["pairs_P2"] = torch.cat(pairs) if pairs else None
     changes["media"] = _merge([b.media for b in wide if b.media is not None])
     changes["soft"] = _merge([b.soft for b in wide if b.soft is not None])
-    return replace(
-        wide[0],
-        **changes,
-        units=_stack([b.units for b in wide]),
-        cols=_stack([b.cols for b in wide]),
-        cache={},
+    units = _stack([b.units for b in wide])
+    shift_B = torch.cat(
+        [torch.full_like(b["parent_B"], start) for b, start in zip(wide, starts, strict=True)]
     )
+    units["parent_B"] = torch.where(units["parent_B"] >= 0, units["parent_B"] + shift_B, units["parent_B"])
+    return replace(wide[0], **changes, units=units, cols=_stack([b.cols for b in wide]), cache={})
 
 
 def _stack(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

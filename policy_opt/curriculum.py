@@ -93,4 +93,4 @@ class Curriculum(Part):
         """Remember which episodes are not finished."""
         if self.resume:
             ids = torch.stack([b["task_B"], b["group_B"], b["member_B"]], 1)
-            ctx.state(self)["unfinished"] = ids[b["finished_B"] == 0].tolist()
+            ctx.state(self)["unfinished"] = ids[(b["finished_B"] == 0) & b.once()].tolist()

@@ -59,9 +59,10 @@ def logp_gap(logp_BT: Tensor, b: Batch) -> float:
 def of_rollout(b: Batch) -> dict[str, float]:
     """Numbers of everything that was played, rejected groups included."""
     found = {"rows": float(b.B), "tokens": float(b.mask_BT.sum())}
+    once_B = b.once()
     for name in ("reward", "correct", "length", "truncated"):
         if f"{name}_B" in b:
-            found[name] = float(floating(b[f"{name}_B"]).mean())
+            found[name] = float(floating(b[f"{name}_B"][once_B]).mean())
     index_B, count = b.index()
     first_Q = b["reward_B"].new_empty(count).index_copy_(0, index_B, b["reward_B"])
     differs_B = (b["reward_B"] != first_Q[index_B]).long()

@@ -100,6 +100,8 @@ class Address:
     """Everything that may stand in its path: stage, position, part or term, ..., option."""
     hint: Any
     """Its type."""
+    value: Any
+    """What it is now."""
     rebuild: Callable[[Any], Recipe]
     """The recipe with another value there."""
 
@@ -126,7 +128,7 @@ def addresses(recipe: Recipe) -> Iterator[Address]:
 
         value = getattr(recipe, root)
         if root not in LISTS:
-            yield Address((root,), object, set_root)
+            yield Address((root,), object, value, set_root)
         yield from _inside(value, (root,), set_root)
 
 
@@ -149,7 +151,7 @@ def _inside(value: Any, names: tuple[str, ...], rebuild: Callable[[Any], Recipe]
                 return rebuild(dataclasses.replace(value, **{name: new}))
 
             inner = getattr(value, f.name)
-            yield Address((*names, f.name), hints[f.name], changed)
+            yield Address((*names, f.name), hints[f.name], inner, changed)
             kind = (part_name(type(inner)),) if isinstance(inner, Part) else ()
             yield from _inside(inner, (*names, f.name, *kind), changed)
 

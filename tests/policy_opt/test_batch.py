@@ -104,6 +104,10 @@ def test_branched_trajectories_are_known():
     assert not some().branched
     b = some(parent_B=torch.tensor([-1, 0, -1]))
     assert b.branched and b.once().tolist() == [True, False, True]
+    assert b.rows(torch.tensor([2, 1, 0]))["parent_B"].tolist() == [-1, 2, -1]
+    assert b.rows(torch.tensor([1, 2]))["parent_B"].tolist() == [-2, -1]
+    assert b.rows(torch.tensor([1, 2])).branched
+    assert concat([b, b.over(group_B=b["group_B"] + 5)])["parent_B"].tolist() == [-1, 0, -1, -1, 3, -1]
 
 
 def test_state_round_trip_and_device():

@@ -315,6 +315,45 @@ def test_phases_imitate_first_and_take_the_reference_from_there():
     assert resumed.prepare()[1] == "main"
 
 
+class Lately(Part):
+    """How far the policy has moved on an old batch's tokens, as weights of their own step."""
+
+    stage = "credit"
+    needs = (Need("logp_now_BT", LogProb(), when="rollout"),)
+    overwrites = frozenset({"w_BT"})
+
+    def __call__(self, b, ctx):
+        return b.over(w_BT=(b["logp_now_BT"] - b["logp_old_BT"]).abs())
+
+
+def test_a_step_has_parts_of_its_own_on_its_own_batch():
+    """A second pass over the batch before, weighted by its own parts, with its needs scored when it is drawn."""
+    recipe = GRPO.replace(schedule=steps(Step(), Step(Previous(), parts=(Lately(),), lr_scale=0.5)))
+    recipe.check()
+    loop = start(recipe)
+    loop.iterate()
+    _, metrics = loop.iterate()
+    assert metrics["optimizer_steps"] == 2
+
+
+def test_a_mini_batch_without_tokens_takes_no_step():
+    b = fixed.batch([1, 0, 1, 0], [0, 0, 1, 1], [[1], [1], [0], [0]])
+    _, metrics, learner = fixed.run(GRPO.set("schedule.minibatches=2"), b, {})
+    assert metrics["optimizer_steps"] == 1 and len(learner.cotangents) == 1
+
+
+def test_the_entropy_term_spreads_the_policy():
+    flat, plain = (start(GRPO.set(*spec), group_size=8) for spec in ([ENTROPY_TERM], []))
+    for loop in (flat, plain):
+        for _ in range(15):
+            _, metrics = loop.iterate()
+        loop.entropy = metrics["entropy"]
+    assert flat.entropy > plain.entropy + 0.1
+
+
+ENTROPY_TERM = "terms+=term(negative_entropy(), coef=0.3, name=entropy)"
+
+
 def test_bank_models_follow_the_policy_as_they_say():
     kl = GRPO.set("terms.kl.coef=0.1")
     slow = start(kl.replace(bank={"ref": ModelSpec("copy", ema=0.9)}))

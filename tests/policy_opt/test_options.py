@@ -180,6 +180,15 @@ def test_compatible_compositions_pass():
         policy_opt.get(slug).set(spec).check()
 
 
+@pytest.mark.parametrize("slug", shipped())
+def test_any_recipe_takes_importance_weights(slug):
+    """Per token where the loss has tokens, per row where it is per row."""
+    recipe = policy_opt.get(slug)
+    rows = any(term.on and term.loss.gives == "B" for term in recipe.terms)
+    recipe.set(f"credit+=tis(level={'sequence' if rows else 'token'})").check()
+    recipe.set("credit+=mis(level='sequence')").check()
+
+
 def test_facts_must_be_delivered():
     recipe = policy_opt.get("otc_grpo")
     recipe.check()

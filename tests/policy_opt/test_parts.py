@@ -58,6 +58,7 @@ def gradient(surrogate, b: Batch, logp_BT: torch.Tensor, agg=None) -> torch.Tens
 # -- advantages -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*groups of one member")
 @quick
 @given(seed=seeds, scale=st.floats(0.1, 100), shift=st.floats(-100, 100))
 def test_group_advantages(seed, scale, shift):

@@ -108,7 +108,7 @@ def test_the_table(capsys):
 def test_one_recipe_with_its_options(capsys):
     assert main(["rloo"]) == 0
     out = capsys.readouterr().out
-    assert "terms.clip.loss.sequence_clip.clip_high" in out and "variants: clip" in out
+    assert "terms.clip.loss.sequence_clip.clip_high=0.2" in out and "variants: clip" in out
     assert main(["roo"]) == 2
     assert "did you mean `rloo`" in capsys.readouterr().err
 
