@@ -6,16 +6,19 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from agents import stats
 from agents.doctor import diagnose
-from agents.report.episodes import BLOCK, Entry, Scales, TokenTable, clip, detail, rounded, table_row
+from agents.report.episodes import BLOCK, Entry, Scales, TokenTable, clip, detail, fits, rounded, table_row
 from agents.report.render import Page
 from tools.calls import FORMATS, HERMES
 
 TABLE = ("step", "level", "task", "reward", "calls", "length", "stop", "split", "correct", "member", "unit")
+TRIED = 16
+"""Trajectories on which the tokenizer is tried."""
 HEADING = ("env", "algo", "model", "seed", "level")
 """Options that stand under the title."""
 
@@ -69,13 +72,18 @@ def page(
         command: what writes the report, for its foot.
         notes: what should be said of the trajectories; looked at after the last of them was taken.
     """
+    rest = iter(entries)
+    first, said = list(islice(rest, TRIED)), list(run.notes)
+    if tokenizer is not None and not fits(tokenizer, (entry.trajectory for entry in first)):
+        tokenizer = None
+        said.append("the tokenizer at hand is not the run's, so tokens are shown as ids")
     tokens, scales = TokenTable(tokenizer), Scales()
     named = str(_find(run.config, "call_format"))
     call_format = named if named in FORMATS else HERMES.name
     units: dict[tuple[Any, ...], int] = {}
     rows: list[dict[str, Any]] = []
     details: list[dict[str, Any]] = []
-    for entry in entries:
+    for entry in chain(first, rest):
         t = entry.trajectory
         unit = units.setdefault((entry.step, t.split, t.group, t.task_id), len(units))
         rows.append(table_row(entry, unit))
@@ -88,10 +96,11 @@ def page(
         "findings": [asdict(f) for f in diagnose(run.metrics, run.evals)],
         "config": list(flatten(run.config)),
         "table": {name: [row[name] for row in rows] for name in TABLE}
-        | {"count": len(rows), "total": total, "note": _note(len(rows), total, [*run.notes, *notes])},
+        | {"count": len(rows), "total": total, "note": _note(len(rows), total, [*said, *notes])},
         "columns": sorted(scales.specs(), key=lambda c: _column_rank(c["name"])),
         "tokens": tokens.texts(),
         "ids": tokens.ids,
+        "named": tokens.named,
         "special": tokens.special(),
         "block_size": BLOCK,
     }

@@ -65,6 +65,11 @@ class TokenTable:
         special = set(getattr(self._tokenizer, "all_special_ids", ()))
         return [number for number, token in enumerate(self.ids) if token in special]
 
+    @property
+    def named(self) -> bool:
+        """Whether tokens are shown by their texts rather than by their ids."""
+        return self._tokenizer is not None
+
     def _text(self, token: int) -> str:
         if self._tokenizer is None:
             return f"⟨{token}⟩"
@@ -105,6 +110,27 @@ class Scales:
             kind = "diverging" if diverging else "sequential"
             out.append({"name": name, "low": rounded(low), "high": rounded(high), "kind": kind})
         return out
+
+
+def fits(tokenizer: Any, some: Iterable[Trajectory]) -> bool:
+    """Whether a tokenizer writes most turns' sampled ids as the texts that were recorded with them."""
+    right = total = 0
+    for t in some:
+        for segment in t.ledger.segments if t.ledger is not None else ():
+            ids: dict[int, list[int]] = {}
+            for token, turn, sampled in zip(segment.ids, segment.turn, segment.mask, strict=True):
+                if sampled and turn < len(t.turns):
+                    ids.setdefault(turn, []).append(token)
+            total += len(ids)
+            right += sum(_reads(tokenizer, own, t.turns[turn].text) for turn, own in ids.items())
+    return 2 * right >= total
+
+
+def _reads(tokenizer: Any, ids: Sequence[int], text: str) -> bool:
+    try:
+        return tokenizer.decode(ids, skip_special_tokens=False).startswith(text)
+    except (IndexError, KeyError, ValueError, TypeError, OverflowError):
+        return False
 
 
 def rounded(value: Any) -> float | int | None:

@@ -125,7 +125,7 @@ class Episode {
   }
 
   body(detail, m) {
-    const spans = m.turn === undefined ? [] : detail.segments.flatMap((segment, s) =>
+    const spans = m.turn === undefined || !this.data.named ? [] : detail.segments.flatMap((segment, s) =>
       segment.tokens.map((_, at) => at).filter((at) => segment.mask[at] && segment.turn[at] === m.turn).map((at) => this.token(segment, s, at)));
     if (spans.length) return el("div", { class: "body tokens" }, spans);
     const more = m.cut > 0 && el("span", { class: "note" }, ` … ${fmt(m.cut)} more characters are not kept in this report`);

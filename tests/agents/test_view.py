@@ -17,7 +17,7 @@ from agents.report.stored import choose
 from agents.runfolder import plain
 from agents.store import TrajectoryWriter
 from agents.view import main, write_report
-from tests.agents.sample_runs import HOSTILE, build, episode, run_data, thousands
+from tests.agents.sample_runs import HOSTILE, QUESTION, build, episode, run_data, thousands
 from tests.agents.tokenizers import byte_bpe
 
 
@@ -120,6 +120,16 @@ def test_without_ledger_verdict_or_tokenizer():
     assert all(re.fullmatch(r"⟨\d+⟩", t) for t in page.summary["tokens"])
 
 
+def test_another_tokenizer_is_noticed():
+    other = byte_bpe(merges=20)
+    assert other.encode(QUESTION) != byte_bpe().encode(QUESTION)
+    summary, _ = contents(render.render(build([episode()], tokenizer=other)))
+    assert not summary["named"] and "not the run's" in summary["table"]["note"]
+    assert all(re.fullmatch(r"⟨\d+⟩", t) for t in summary["tokens"])
+    summary, _ = contents(render.render(build([episode()])))
+    assert summary["named"] and summary["table"]["note"] == ""
+
+
 def test_an_empty_run_has_a_report():
     html = render.render(collect.page(collect.RunData("new"), [], 0, None, "a test"))
     summary, blocks = contents(html)
@@ -189,6 +199,7 @@ def run_folder(tmp_path):
             for e in (episode(step, group, member) for group in range(2) for member in range(3)):
                 writer.append(e.trajectory, e.columns, step=step)
     data = run_data()
+    byte_bpe().save_pretrained(run / "model")
     (run / "config.json").write_text(json.dumps({**data.config, "model": "bundled"}))
     for name, records in (("metrics.jsonl", data.metrics), ("eval.jsonl", data.evals)):
         (run / name).write_text("".join(json.dumps(plain(r)) + "\n" for r in records))
@@ -200,14 +211,14 @@ def test_the_command_writes_one_file_of_a_run_folder(run_folder, capsys):
     file = run_folder / "report.html"
     assert capsys.readouterr().out.strip() == str(file)
     assert sorted(p.name for p in run_folder.iterdir()) == [
-        "config.json", "eval.jsonl", "metrics.jsonl", "report.html", "trajectories",
+        "config.json", "eval.jsonl", "metrics.jsonl", "model", "report.html", "trajectories",
     ]  # fmt: skip
     summary, blocks = contents(file.read_text())
     assert summary["table"]["count"] == summary["table"]["total"] == 24
     assert summary["table"]["step"] == [s for s in range(1, 5) for _ in range(6)]
     assert {c["name"] for c in summary["columns"]} == {"logp", "mask", "version", "adv", "entropy"}
     assert len(blocks[0][0]["segments"][0]["columns"]["adv"]) == len(blocks[0][0]["segments"][0]["tokens"])
-    assert all(not t.startswith("⟨") for t in summary["tokens"]), "the bundled tokenizer names its tokens"
+    assert all(not t.startswith("⟨") for t in summary["tokens"]), "the run's own tokenizer names its tokens"
 
 
 def test_a_limit_keeps_whole_groups(run_folder, tmp_path):
