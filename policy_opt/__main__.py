@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from policy_opt.catalog import part_name
 from policy_opt.errors import RecipeError
+from policy_opt.options import __doc__ as grammar
 from policy_opt.options import addresses
 from policy_opt.recipe import STAGES, Recipe
 from policy_opt.registry import get, slugs
@@ -76,7 +77,12 @@ def card(recipe: Recipe) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print what was asked for; 2 on an unknown recipe."""
-    parser = argparse.ArgumentParser(prog="python -m policy_opt", description="The table of recipes.")
+    parser = argparse.ArgumentParser(
+        prog="python -m policy_opt",
+        description="The table of recipes.",
+        epilog=grammar,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("recipe", nargs="?", help="show one recipe with its options")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--markdown", action="store_true", help="as a Markdown table")

@@ -198,7 +198,10 @@ class Batch:
             changes["cols"] = {**self.cols, **cols}
         if units:
             changes |= {"units": {**self.units, **units}, "cache": {}}
-        # Not `replace`, which would check every column again.
+        return self._like(**changes)
+
+    def _like(self, **changes: Any) -> Batch:
+        """`dataclasses.replace` without checking every column again: for changes that are right by construction."""
         found = object.__new__(Batch)
         found.__dict__.update(self.__dict__, **changes)
         return found
@@ -230,7 +233,7 @@ class Batch:
             if self.pairs_P2 is not None:
                 moved_P2 = where_B[self.pairs_P2]
                 changes["pairs_P2"] = moved_P2[(moved_P2 >= 0).all(1)]
-        return replace(self, **changes, units=units, cols=take(self.cols), cache={})
+        return self._like(**changes, units=units, cols=take(self.cols), cache={})
 
     def silence(self, keep_B: Tensor) -> Batch:
         """The same rows with an empty mask where keep_B is False: they leave numerators and denominators."""

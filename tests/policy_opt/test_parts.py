@@ -21,7 +21,7 @@ from policy_opt.rewards import KLPenalty, Overlong, TokenReward
 from policy_opt.surrogates import K3, CappedWeight, Clip, ClippedValue, SequenceClip, SequenceTokenClip
 from policy_opt.terms import Loss, Term
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=25, deadline=None)
 CTX = Ctx()
 seeds = st.integers(0, 10**6)
 

@@ -76,7 +76,7 @@ def test_otc_sheds_tool_calls_without_losing_success(slug):
         loop = Loop(
             policy_opt.get(name), TableActor(WORLD, learner), learner, RunSize(4, groups=4, group_size=8)
         )
-        for _ in range(30):
+        for _ in range(25):
             loop.iterate()
         played = list(episodes(WORLD, learner, 32))
         calls[name] = float(torch.cat([b["tool_calls_B"] for b in played]).double().mean())
@@ -133,10 +133,8 @@ def test_gradient_does_not_depend_on_padding_split_or_order(slug, variant):
     expected, metrics = gradients(recipe)
     assert sum(float(g.abs().sum()) for step in expected for g in step.values()) > 0
     for change in (
-        {"pad": 3},
-        {"micro_rows": 1},
+        {"pad": 3, "micro_rows": 1},
         {"micro_rows": 7},
-        {"order": True},
         {"pad": 1, "micro_rows": 5, "order": True},
     ):
         found, again = gradients(recipe, **change)
