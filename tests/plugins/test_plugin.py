@@ -60,6 +60,7 @@ def test_two_steps_of_training_on_the_plugin(installed, tmp_path):
     assert len(steps) == 2
 
 
+@pytest.mark.full
 def test_two_steps_of_training_on_questions_of_ones_own(tmp_path):
     rows = [{"question": f"Repeat {i}.", "answer": str(i)} for i in range(100, 140)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
