@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from gymnasium.error import ResetNeeded
-from gymnasium.utils.env_checker import check_env
 
 from envs.core import ChatEnv, Message, text_of
 from envs.hostile import texts_for
@@ -78,6 +77,8 @@ def _require(kept: bool, problem: str) -> None:
 
 def _gymnasium(s: Subject) -> str:
     """Gymnasium's own checker; its warnings count, too."""
+    from gymnasium.utils.env_checker import check_env  # slow to import, and few who import envs check them
+
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         check_env(s.make())
