@@ -72,11 +72,11 @@ class DenseForward:
         if type(model).__name__ not in _CLASSES or model.num_parameters() > _LARGEST:
             return False
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        plain = all(
-            type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear) or hasattr(m, "lora_A")
-        )
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        plain = all(type(m) is nn.Linear for m in linears) and not hasattr(model, "peft_config")
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-        single = model.dtype in (torch.float32, torch.float64)
+        # In float64 the models' own norms work in float32; the same numbers need the models' own code.
+        single = model.dtype == torch.float32
         return plain and single and rope in _ROPES and config.hidden_act == "silu" and not sliding
 
     def refresh(self) -> None:

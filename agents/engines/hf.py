@@ -105,7 +105,9 @@ class HFEngine:
         (self._waiting if row.budget > 0 else self._full)[key] = row
 
     def run(self) -> list[tuple[Key, Sampled]]:
-        """Advance until at least one row finished its turn; [] if none has a turn to finish. Ordered by key.
+        """Advance until at least one row finished its turn. Ordered by key.
+
+        [] if no row has a turn to finish, or if those that have one wait for slots of rows that nobody closes.
 
         Raises:
             FloatingPointError: the model's logits are not finite.
@@ -116,7 +118,7 @@ class HFEngine:
             self._full = {}
         elif self._waiting or self._decoding.rows:
             with attention_of(self.model, ATTENTION if self.reuse else None), torch.inference_mode():
-                while not done:
+                while not done and (self._decoding.rows or self._feedable()):
                     done = self._step() if self.reuse else self._recompute()
         for row, _ in done:
             row.busy = False
@@ -164,6 +166,8 @@ class HFEngine:
         for row in begun:
             del self._waiting[row.key]
         self._decoding.begin(begun)
+        if not self._decoding.rows and not begun:  # a long text that is fed in parts
+            return []
         slot_R, u_R = self._decoding.current()
         id_R, logp_R = draw(logits_RV, u_R, self.params, self._banned_V)
         return [self._finish(*over) for over in self._decoding.record(slot_R, id_R, logp_R)]
@@ -245,6 +249,11 @@ class HFEngine:
                 self._adopt_prefix(row)
         elif self._decoding.span > _SPARSE * len(self._decoding.rows) + 4:
             self._compact()
+
+    def _feedable(self) -> bool:
+        """Whether a waiting row has a slot or can get one. If none has, idle rows hold them all."""
+        free = not self.reuse or None in self._by_slot
+        return any(free or row.slot >= 0 for row in self._waiting.values())
 
     def _share_prefix(self, fresh: list[Row]) -> None:
         """Compute the prefix that all these rows have in common once, if it is worth it. No slot is in

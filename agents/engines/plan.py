@@ -71,7 +71,9 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], s
         pos_N=torch.cat([pos_D, pos_N]),
         slot_N=torch.cat([decoding.slot_D, slot_N]),
         index_N=torch.cat([index_D, index_N]),
-        keep_R=torch.tensor([*range(n_decode), *(n_decode + w for w in wanted)], device=slots.device),
+        keep_R=torch.tensor(
+            [*range(n_decode), *(n_decode + w for w in wanted)], dtype=torch.long, device=slots.device
+        ),
         n_decode=n_decode,
         span=decoding.span,
         reach=decoding.reach,

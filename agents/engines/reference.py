@@ -32,7 +32,7 @@ def plain_log_probs(
 def log_prob_gap(engine: Any) -> float:
     """Largest difference between sampled and plain log-probs over two short turns on four rows.
 
-    Three rows share a prefix, two of them everything; the rows are of unequal lengths. Leaves rows open.
+    Three rows share a prefix, two of them everything; the rows are of unequal lengths.
     """
     usable = [i for i in range(engine.vocab_size) if i not in set(engine.banned_ids) | set(engine.stop_ids)]
     n = min(_PREFIX, engine.max_context // 4)
@@ -69,4 +69,6 @@ def _two_turns(
             if turns[key] < 2:
                 engine.turn(key, more[key[0] :], (0, *key, 1), _DRAW)
                 ids[key] += more[key[0] :]
+            else:
+                engine.close(key)
     return [(ids[key], logps[key]) for key in ids]

@@ -68,7 +68,8 @@ def _invert_cdf(p_NV: Tensor, u_N: Tensor) -> Tensor:
     cdf_NV = p_NV.cumsum(-1, dtype=wide)
     total_N = cdf_NV[:, -1]
     x_N = torch.minimum(u_N.to(wide) * total_N, torch.nextafter(total_N, torch.zeros_like(total_N)))
-    return torch.searchsorted(cdf_NV, x_N[:, None], right=True)[:, 0]
+    id_N = torch.searchsorted(cdf_NV, x_N[:, None], right=True)[:, 0]
+    return id_N.clamp_(max=p_NV.shape[-1] - 1)  # NaN sorts beyond the end; the caller sees it in the log-prob
 
 
 def _truncate(p_NV: Tensor, params: SampleParams) -> Tensor:
@@ -77,7 +78,7 @@ def _truncate(p_NV: Tensor, params: SampleParams) -> Tensor:
         border_N1 = p_NV.topk(params.top_k, -1).values[:, -1:]
         p_NV = p_NV.masked_fill(p_NV < border_N1, 0.0)
     if params.top_p < 1:
-        sorted_NV, order_NV = p_NV.sort(-1, descending=True, stable=True)
+        sorted_NV, order_NV = torch.sort(p_NV, dim=-1, descending=True, stable=True)
         sorted_NV = sorted_NV / sorted_NV.sum(-1, keepdim=True)
         before_NV = sorted_NV.cumsum(-1) - sorted_NV  # the mass of what is likelier
         drop_NV = torch.zeros_like(p_NV, dtype=torch.bool).scatter(-1, order_NV, before_NV >= params.top_p)
