@@ -23,10 +23,11 @@ async function start() {
   byId("report").replaceChildren(
     headline(data),
     ...section("Doctor", "", doctor(data.findings)),
-    ...section("Evaluations", "95 % intervals; same tasks before and after", data.evals.length > 0 && evaluations(data.evals)),
     ...section("Curves", "hover for values; click for the trajectories of a step", curves(data, toStep)),
+    ...section("Evaluations", "95 % intervals; same tasks before and after", data.evals.length > 0 && evaluations(data.evals)),
     ...section("Trajectories", data.table.note, browse),
     ...section("Configuration", "", config(data)));
+  window.report = { data, table, episode }; /* for the console */
   table.apply();
   if (data.table.count) table.pick(table.order[0]);
   document.documentElement.dataset.ready = "yes";
