@@ -374,7 +374,7 @@ def _characters(played: Played) -> int:
 RULES: Mapping[str, Callable[[Subject], str]] = {
     "gymnasium": _gymnasium, "card": _card, "messages": _messages, "determinism": _determinism,
     "other process": _other_process, "splits": _splits, "oracle": _oracle, "random": _random,
-    "verdicts": _verdicts, "hacks": _hacks, "copies": _copies, "hostile text": _hostile, "endings": _endings, "render": _render,
-    "global state": _global_state, "tiny profile": _tiny,
+    "verdicts": _verdicts, "hacks": _hacks, "copies": _copies, "hostile text": _hostile,
+    "endings": _endings, "render": _render, "global state": _global_state, "tiny profile": _tiny,
 }  # fmt: skip
 """In this order; the first broken one is reported."""
