@@ -1,7 +1,7 @@
 """How a policy improves: pure torch; knows nothing of environments, tools or agents.
 
     import policy_opt
-    recipe = policy_opt.get("grpo").set("terms.policy.high=0.28", "advantage.eps=1e-4")
+    recipe = policy_opt.get("grpo").set("terms.clip_high=0.28", "advantage.eps=1e-4")
 
 Everything is imported on first use, so that `import policy_opt` costs little more than `import torch`.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -48,8 +48,6 @@ class ModelSpec:
     """Copy the policy's weights into it after every so many iterations."""
     ema: float | None = None
     """After every optimizer step: weights <- ema * weights + (1 - ema) * policy."""
-    options: tuple[tuple[str, object], ...] = field(default=())
-    """What only one kind of learner understands, e.g. (("share_trunk", True),)."""
 
 
 REFERENCE = ModelSpec("copy")

@@ -57,7 +57,13 @@ class _Flow:
         others = [
             (path, part) for path, part in recipe.parts if part.stage in ("curriculum", "accept", "order")
         ]
-        for path, part in (*others, *(x for x in staged if x[1].stage == "expand")):
+        for path, part in others:
+            if part.needs:
+                raise self.fail(
+                    f"{path} needs `{part.needs[0].name}`, but it is asked before anything is scored"
+                )
+            self.part(path, part)
+        for path, part in (x for x in staged if x[1].stage == "expand"):
             self.part(path, part)
         for need in recipe.needs:
             if need.when != "loss":

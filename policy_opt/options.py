@@ -1,13 +1,15 @@
 """Settings on the command line: `--set PATH=VALUE`, `STAGE+=PART`, `STAGE-=PART`, `variant=NAME`.
 
-    advantage=group_centre()            another part at a stage (also none, or several: (gae(lam=1),
-    whiten())) credit+=tis(cap=2.0)                one more part at a stage credit-=tis
-    one part less terms.clip_high=0.28                an option of the one part that has it
-    terms.kl.coef=annealed(0.1, 0, 50)  the same, where several have it: name the term or the part
-    terms.policy.agg=token_mean         a part inside a part curriculum.accept=mixed()
-    schedule.epochs=4, sampler.temperature=0.9, optimizer=sgd(lr=0.1), ... reward+=otc_grpo.lean_calls(c=4)
-    a part that stands in a recipe's own file variant=baseline                    a form of the method that
-    the recipe names
+    advantage=group_centre()              another part at a stage; also none, or several: (gae(lam=1), whiten())
+    credit+=tis(cap=2.0)                  one more part at a stage
+    credit-=tis                           one part less
+    terms.clip_high=0.28                  an option of the one part that has it
+    terms.kl.coef=annealed(0.1, 0, 50)    the same where several have it: name the term or the part
+    terms.policy.agg=token_mean           a part inside a part
+    curriculum.accept=mixed()             likewise; also schedule.epochs=4, sampler.temperature=0.9,
+                                          optimizer=sgd(lr=0.1), bank.critic.optimizer.lr_scale=5, ...
+    reward+=otc_grpo.lean_calls(c=4)      a part that stands in a recipe's own file
+    variant=baseline                      a form of the method that the recipe names
 
 A path starts with the stage and ends with the option; what stands between may be left out where the option is
 told apart without it. Values are Python literals, names of parts, or parts with options; nothing is
@@ -127,7 +129,7 @@ def addresses(recipe: Recipe) -> Iterator[Address]:
             return recipe.replace(**{root: value})
 
         value = getattr(recipe, root)
-        if root not in LISTS:
+        if root in _PART_FIELDS:
             yield Address((root,), object, value, set_root)
         yield from _inside(value, (root,), set_root)
 

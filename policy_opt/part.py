@@ -27,18 +27,17 @@ class Part:
     """What every part declares. Sub-classes are frozen dataclasses; `stage` says where they may stand.
 
     Roles and their call:
-        expand, signals, reward, advantage, credit   (b, ctx) -> Batch surrogate
-        (streams, b) -> [B, T], [B] or a scalar agg                                          tokens(num_BT,
-        den_BT) -> [B, T];  rows(num_BT, den_BT) -> [B] coef
-        value(ctx) -> float accept                                       (b, ctx) -> keep_B order
-        (n, tasks, ctx) -> task indices source                                       draw(fresh, ctx) -> Batch
-        or None
+        expand, signals, reward, advantage, credit    (b, ctx) -> Batch
+        surrogate    (streams, b) -> [B, T], [B] or a scalar
+        agg          tokens(num_BT, den_BT) -> [B, T];  rows(num_BT, den_BT) -> [B]
+        coef         value(ctx) -> float
+        accept       (b, ctx) -> keep_B
+        order        (n, tasks, ctx) -> task indices
+        source       draw(fresh, ctx) -> Batch or None
     """
 
     stage: ClassVar[str] = ""
     """The role: where in a recipe the part may stand."""
-    cite: ClassVar[str] = ""
-    """Paper and equation, for the tables."""
     when: ClassVar[Literal["rollout", "step"]] = "rollout"
     """step: run again on every mini-batch, before its optimizer step."""
     privileged: ClassVar[bool] = False

@@ -4,7 +4,8 @@
 
 with c from the aggregation (masks only) and w from credit parts (w_B, w_BT). `cotangents` is the gradient of
 that with respect to the streams: what the golden vectors call d loss / d logp, and what training pushes
-through the model."""
+through the model.
+"""
 
 from __future__ import annotations
 

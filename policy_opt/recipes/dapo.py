@@ -3,10 +3,11 @@
 GRPO with four changes: a soft penalty on overlong answers, groups without contrast are replaced by others,
 the clip is wider above than below, and every token has the same weight.
 
-    R'_i  = R_i + factor pen(L_i),   pen = 0 up to L_max - L_cache, falling linearly to -1 at L_max keep a
-    group iff 0 < #correct < G (before shaping); refill until the batch is full, at most max_rounds times A_i
-    = (R'_i - mean_g R') / (std_g R' + delta) l     = max(-A rho, -A clip(rho, 1 - eps_low, 1 + eps_high)),
-    eps_high > eps_low L     = sum_{i,t} m l / sum_{i,t} m
+    R'_i = R_i + factor pen(L_i),   pen = 0 up to L_max - L_cache, falling linearly to -1 at L_max
+    keep a group iff 0 < #correct < G (before shaping); refill until the batch is full, in bounded rounds
+    A_i  = (R'_i - mean_g R') / (std_g R' + delta)
+    l    = max(-A rho, -A clip(rho, 1 - eps_low, 1 + eps_high)),   eps_high > eps_low
+    L    = sum_{i,t} m l / sum_{i,t} m
 
 Overlong filtering (rows cut off leave the loss), which the paper describes but its best run does not use, is
 `--set credit+=mask_truncated`.

@@ -84,6 +84,9 @@ def test_parts_and_options():
         ("credit=tis(level='tokens')", "`tis.level` takes 'token' or 'sequence', not 'tokens'"),
         ("credit=tis(cap=-1)", "tis: cap must be positive"),
         ("curriculum.accept=3", "takes None, not 3"),
+        ("curriculum=none", "takes Part, not None"),
+        ("sampler=3", "unknown option `sampler`"),
+        ("schedule.steps=(1,)", "takes"),
         ("optimizer.betas=(1, 2, 3)", "optimizer"),
         ("optimizer=sgd(betas=[1])", "takes tuple"),
         ("optimizer=sgd(name='adam')", "unknown option of sgd `name`"),
@@ -222,6 +225,15 @@ class Asks(Part):
 def test_needs_are_checked(needs, said):
     with pytest.raises(RecipeError, match=said):
         GRPO.replace(signals=(Asks(*needs),)).check()
+
+
+def test_an_accept_rule_cannot_need_a_model():
+    class Peeks(Asks):
+        stage = "accept"
+
+    recipe = GRPO.replace(curriculum=policy_opt.curriculum.Curriculum(accept=Peeks(Need("x_BT", LogProb()))))
+    with pytest.raises(RecipeError, match="asked before anything is scored"):
+        recipe.check()
 
 
 def test_models_of_two_parts_must_agree():
