@@ -214,13 +214,14 @@ def trained(tmp_path_factory):
     from agents.dist import World
     from agents.engines.hf import HFEngine
     from agents.forward import Convention
+    from agents.imitate import record
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, tokenizer = bundled.load()
     chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
     demos = warm.demonstrations(lambda: Parity(level=2), {"oracle": 1.0}, range(200), seed=0, max_turns=4)
-    ledgers, _ = warm.ledgers_of(chat, demos, 512)
+    ledgers = [record(chat, demo) for demo in demos]
     convention = Convention(1.0, tuple(chat.banned_ids))
     warm.warm_start(
         model, ledgers, WarmConfig(cache=False), convention, seed=0, micro_tokens=4096, world=World(),
