@@ -133,14 +133,16 @@ class TrainConfig:
     """Evaluations."""
     save: SaveConfig = field(default_factory=SaveConfig)
     """Checkpoints and stored episodes."""
-    micro_tokens: int = 4096
-    """Tokens of a training micro-batch, padding included."""
+    micro_tokens: int | None = None
+    """Tokens of a training micro-batch, padding included; none: 1,024 for models below 20 million parameters (they
+    then stay in the processor's cache), else 8,192."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Weights. bfloat16: float32 weights, computed with in bfloat16 where the device can."""
     threads: int | None = None
     """Threads per process; none: 1 for models below 20 million parameters, else torch's choice."""
-    processes: int = 1
-    """Processes on this machine; episodes and rows are shared out among them."""
+    processes: int | None = None
+    """Processes on this machine, among which episodes and rows are shared out; none: 2 for the bundled model on a
+    processor with two cores or more, else 1. Runs with different numbers differ by rounding."""
     run: str | None = None
     """Folder of the run; none: a new one under `runs`."""
     runs: str = "runs"

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -97,6 +98,8 @@ def launched(module: str, argv: Sequence[str], processes: int) -> Iterator[None]
         yield
         return
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    if sys.platform == "linux":
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # works without any network
     others = [
         subprocess.Popen(
             [sys.executable, "-m", module, *argv],
@@ -106,13 +109,25 @@ def launched(module: str, argv: Sequence[str], processes: int) -> Iterator[None]
         for rank in range(1, processes)
     ]
     os.environ |= {**shared, "RANK": "0", "LOCAL_RANK": "0"}
+    over = threading.Event()
+    for rank, other in enumerate(others, 1):
+        threading.Thread(target=_watch, args=(other, rank, over), daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         for name in (*shared, "RANK", "LOCAL_RANK"):
             os.environ.pop(name, None)
         for other in others:
             _end(other)
+
+
+def _watch(process: subprocess.Popen, rank: int, over: threading.Event) -> None:
+    """End this process when one of the others is lost: a collective call would wait for it for ever."""
+    code = process.wait()
+    if code != 0 and not over.wait(5):
+        print(f"error: process {rank} ended with exit code {code}; go on from the last checkpoint", file=sys.stderr)
+        os._exit(1)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -115,7 +115,7 @@ def imitate(
 
 
 def _step(learner: LMLearner, b: Batch, lr_scale: float) -> float:
-    weight_BT = b.mask_BT / b.mask_BT.sum()
+    weight_BT = b.mask_BT.double() / b.mask_BT.sum()
     streams = learner.backward(b, [LOGP], lambda rows, live: {"logp_BT": -weight_BT[rows]})
     learner.step(lr_scale)
     return float(-(streams["logp_BT"] * weight_BT).sum())

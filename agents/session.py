@@ -97,7 +97,7 @@ def build(config: TrainConfig, world: World) -> Session:
         player = _player(config, world, make_env, model, chat)
     convention = Convention(config.rollout.temperature, tuple(chat.banned_ids))
     learner = LMLearner(
-        model, config.optim, convention=convention, world=world, micro_tokens=config.micro_tokens
+        model, config.optim, convention=convention, world=world, micro_tokens=micro_tokens(config, model)
     )
     player.version = lambda: learner.version
     actor = LMActor(player, dtype)
@@ -107,6 +107,11 @@ def build(config: TrainConfig, world: World) -> Session:
     return Session(
         config, world, recipe, make_env, model, tokenizer, chat, convention, player, actor, learner, loop, notes
     )
+
+
+def micro_tokens(config: TrainConfig, model: nn.Module) -> int:
+    """Tokens of a training micro-batch."""
+    return config.micro_tokens or (1024 if is_tiny(model) else 8192)
 
 
 def max_context(config: TrainConfig, model: nn.Module) -> int:

@@ -52,7 +52,7 @@ class SftConfig:
     """Share of the demonstrations that is kept aside to measure on."""
     max_context: int = 2048
     """Longer conversations are left out, and counted."""
-    micro_tokens: int = 4096
+    micro_tokens: int = 1024
     """Tokens of a training micro-batch, padding included."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, beta2=0.98, weight_decay=0.01))
     """The optimizer; its rate rises over a tenth of the steps and falls linearly to a tenth."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ def resolve(argv: Sequence[str]) -> TrainConfig:
         config = cli.parse(TrainConfig, argv, f"python -m {MODULE}")
         if config.from_step is not None:
             raise UsageError("--from-step names a checkpoint of a run to go on with: give --resume RUN as well")
-        return config
+        return dataclasses.replace(config, processes=config.processes or default_processes(config))
     from agents.runfolder import read_json
 
     saved = cli.from_mapping(read_json(Path(run) / "config.json"), TrainConfig, where=f"{run}/config.json")
@@ -44,6 +45,12 @@ def resolve(argv: Sequence[str]) -> TrainConfig:
                 f"Start a new run, or leave the option out"
             )
     return config
+
+
+def default_processes(config: TrainConfig) -> int:
+    """Two where each can have a core and the model is small enough to gain by it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 2 if config.model == "bundled" and cores >= 2 and "RANK" not in os.environ else 1
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:
@@ -60,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     config = resolve(argv)
     from agents.dist import World, launched
 
-    with launched(MODULE, argv, config.processes):
+    with launched(MODULE, argv, config.processes or 1):
         world = World.start(config.dtype == "bfloat16")
         try:
             return _run(config, world)

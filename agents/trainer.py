@@ -83,7 +83,7 @@ class Trainer:
         if dropped:
             self.display.note(f"{dropped} demonstrations do not fit {room} tokens and are left out")
         how = warm.warm_start(
-            s.model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=c.micro_tokens, world=s.world,
+            s.model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=s.learner.micro_tokens, world=s.world,
             on_step=self._on_warm_step,
         )  # fmt: skip
         self.display.note(f"warm start: {how}, {len(ledgers)} demonstrations, {time.monotonic() - began:.0f} s")
