@@ -116,9 +116,7 @@ CONTENT = st.one_of(
     st.none(),
     st.lists(st.builds(lambda t: {"type": "text", "text": t}, st.text(max_size=8)), max_size=3),
 )
-MESSAGE = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": CONTENT}
-)
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": CONTENT})
 CALL = {"type": "function", "function": {"name": "find", "arguments": {"who": "Zanvel", "n": 2}}}
 TOOL = {
     "type": "function",
@@ -253,9 +251,7 @@ def test_orthogonalised_updates_have_singular_values_near_one(rows, columns, see
     well = s[:, -1] > 0.05 * s[:, 0]
     values = torch.linalg.svdvals(optimizer.orthogonalise(g))[well]
     assert bool(((values > 0.4) & (values < 1.5)).all())
-    torch.testing.assert_close(
-        optimizer.orthogonalise(g).mT, optimizer.orthogonalise(g.mT), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(optimizer.orthogonalise(g).mT, optimizer.orthogonalise(g.mT), rtol=1e-3, atol=1e-3)
 
 
 def test_the_initial_weights_copy_a_random_sequence(tok):
@@ -329,10 +325,13 @@ def test_the_shipped_folder_is_small_and_of_a_real_architecture(shipped):
 
 
 def test_the_shipped_model_copies_names_it_has_never_seen(shipped):
-    rows = {row.name: row for row in skills.measure(*shipped, documents=8)}
+    rows = {row.name: row for row in skills.measure(*shipped, documents=6)}
     for name, least in {
-        "copy: repeated list": 0.85,
-        "look-up: pairs": 0.85,
-        "call: copied argument (chain)": 0.85,
+        "copy: echo": 0.75,
+        "look-up: pairs": 0.6,
+        "order of look-ups in a phrase": 0.6,
+        "expression from a sentence": 0.85,
+        "call: copied argument (chain)": 0.75,
     }.items():
         assert rows[name].sampled > least, rows[name]
+    assert all(0.0 <= row.sampled <= 1.0 and row.spans > 0 for row in rows.values())
