@@ -23,6 +23,7 @@ _MODULES = (
     "schedule",
     "sources",
     "surrogates",
+    "tool_rewards",
 )
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 

@@ -8,7 +8,7 @@
     terms.policy.agg=token_mean           a part inside a part
     curriculum.accept=mixed()             likewise; also schedule.epochs=4, sampler.temperature=0.9,
                                           optimizer=sgd(lr=0.1), bank.critic.optimizer.lr_scale=5, ...
-    reward+=otc_grpo.lean_calls(c=4)      a part that stands in a recipe's own file
+    reward+=some_recipe.some_part(x=4)    a part that stands in a recipe's own file
     variant=baseline                      a form of the method that the recipe names
 
 A path starts with the stage and ends with the option; what stands between may be left out where the option is

@@ -6,42 +6,12 @@ PPO in which every tool call lowers the reward of a right answer; no per-questio
     R      = alpha r_tool R_base
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-from policy_opt.batch import Batch, floating
-from policy_opt.part import Ctx, Part
-from policy_opt.recipes.otc_grpo import cosine, log_productivity, right
+from policy_opt.recipe import Recipe
 from policy_opt.recipes.ppo import recipe as PPO
+from policy_opt.tool_rewards import FewCalls
 from policy_opt.vectors import Vectors
 
-
-@dataclass(frozen=True)
-class FewCalls(Part):
-    """R = alpha cos(m pi / (2m + c)) R_base; a reward that is not positive is only scaled by alpha."""
-
-    stage: ClassVar[str] = "reward"
-    c: float = 4.0
-    """Smoothing; the environment's largest number of calls. Smaller is harsher."""
-    alpha: float = 1.0
-    """Scale of the reward."""
-    correct_above: float | None = None
-    """A base reward above this counts as correct in the metrics; None: the verdict's own `correct`."""
-
-    facts = frozenset({"tool_calls_B"})
-    reads = frozenset({"reward_B", "correct_B"})
-    writes = frozenset({"r_tool_B"})
-    overwrites = frozenset({"reward_B"})
-
-    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        log_productivity(b, right(b, self.correct_above), ctx)
-        reward_B = floating(b["reward_B"])
-        r_B = cosine(b["tool_calls_B"].to(reward_B.dtype), self.c)
-        factor_B = r_B.where(reward_B > 0, 1.0)
-        return b.put(r_tool_B=r_B).over(reward_B=self.alpha * factor_B * reward_B)
-
-
-recipe = PPO.replace(
+recipe: Recipe = PPO.replace(
     slug="otc_ppo",
     title="PPO; every tool call lowers what a right answer earns",
     cite="Wang et al. 2025, arXiv 2504.14870",

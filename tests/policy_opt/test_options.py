@@ -14,10 +14,10 @@ from policy_opt.controllers import Annealed
 from policy_opt.credits import TIS
 from policy_opt.curriculum import Mixed
 from policy_opt.need import Entropy, LogProb
-from policy_opt.recipes.otc_grpo import LeanCalls
 from policy_opt.registry import shipped
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
+from policy_opt.tool_rewards import LeanCalls
 
 GRPO, DAPO, PPO = (policy_opt.get(slug) for slug in ("grpo", "dapo", "ppo"))
 
@@ -42,7 +42,7 @@ def test_parts_and_options():
     assert GRPO.set("schedule.epochs=4", "schedule.minibatches=2").schedule.steps[0].epochs == 4
     assert GRPO.set("sampler.temperature=0.8").sampler.temperature == 0.8
     assert GRPO.set("optimizer=sgd(lr=0.1)", "optimizer.weight_decay=0.2").optimizer.weight_decay == 0.2
-    assert GRPO.set("reward+=otc_grpo.lean_calls(c=3)").reward == (LeanCalls(c=3.0),)
+    assert GRPO.set("reward+=lean_calls(c=3)").reward == (LeanCalls(c=3.0),)
     assert PPO.set("bank.critic.optimizer.lr_scale=5").models["critic"].optimizer.lr_scale == 5.0
     assert policy_opt.get("rloo").set("variant=clip").terms[1].on
     assert policy_opt.get("dapo").set("reward.length_of=all").reward[0].length_of == "all"
@@ -79,7 +79,8 @@ def test_parts_and_options():
         ("credit-=tis", "unknown credit part `tis`"),
         ("schedule-=x", "-= is for"),
         ("schedule.epochs+=1", "holds one value"),
-        ("reward=otc_grpo.lean_cals()", "did you mean `lean_calls`"),
+        ("reward=lean_cals()", "did you mean `lean_calls`"),
+        ("reward=otc_grpo.lean_calls()", "unknown reward part of otc_grpo `lean_calls`"),
         ("reward=otc_grop.lean_calls()", "did you mean `otc_grpo`"),
         ("credit=tis(level='tokens')", "`tis.level` takes 'token' or 'sequence', not 'tokens'"),
         ("credit=tis(cap=-1)", "tis: cap must be positive"),
