@@ -58,9 +58,7 @@ def main(argv: list[str]) -> int:
         elif name in ("-h", "--help"):
             print("usage: python -m agents.bundled {build,card} [options]")
         else:
-            raise UsageError(
-                f"unknown command `{name}`{nearest(name, ('build', 'card'))} (there are: build, card)"
-            )
+            raise UsageError(f"unknown command `{name}`{nearest(name, ('build', 'card'))} (there are: build, card)")
     except UsageError as error:
         print(f"agents.bundled: {error}", file=sys.stderr)
         return 2
@@ -79,9 +77,7 @@ def run_build(options: Build) -> None:
         task = bar.add_task("building", total=plan.steps)
 
         def report(p: build.Progress) -> None:
-            bar.update(
-                task, completed=p.step, description=f"loss {p.loss:.3f}, {p.tokens_per_second:,.0f} tokens/s"
-            )
+            bar.update(task, completed=p.step, description=f"loss {p.loss:.3f}, {p.tokens_per_second:,.0f} tokens/s")
 
         try:
             model, tokenizer = build.train(plan, options.work, report)

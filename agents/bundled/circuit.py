@@ -24,9 +24,7 @@ def initialise(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed
     config = model.config
     size, width = config.head_dim, config.hidden_size
     if size != 32 or width < 4 * size or config.num_key_value_heads != config.num_attention_heads:
-        raise ValueError(
-            "the induction circuit needs heads of 32, width >= 128 and as many key as query heads"
-        )
+        raise ValueError("the induction circuit needs heads of 32, width >= 128 and as many key as query heads")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -43,9 +41,7 @@ def initialise(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed
         table_VE = _embed(model, tokenizer, common_D, token_DE, generator)
         turn_EE = torch.linalg.qr(torch.randn(token_DE.shape[1], token_DE.shape[1], generator=generator))[0]
         model.lm_head.weight.copy_(0.1 * table_VE @ turn_EE @ token_DE.T)
-        views_SD = (
-            torch.linalg.qr(torch.randn(token_DE.shape[1], size, generator=generator))[0].T @ token_DE.T
-        )
+        views_SD = torch.linalg.qr(torch.randn(token_DE.shape[1], size, generator=generator))[0].T @ token_DE.T
         _previous_tokens(model, common_D, before_DS, views_SD)
         _induction(model, before_DS, views_SD, token_DE, turn_EE, generator)
 

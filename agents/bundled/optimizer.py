@@ -41,9 +41,7 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     stacks.setdefault(p.shape, []).append(p)
             for shape, params in stacks.items():
-                update_NRC = orthogonalise(
-                    torch.stack([self._nesterov(p, group["momentum"]) for p in params])
-                )
+                update_NRC = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]) for p in params]))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, update_NRC, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)

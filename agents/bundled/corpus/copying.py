@@ -95,7 +95,5 @@ def _sentences(n: Names) -> str:
             )
         )
     head = "".join(f"{i + 1}. {s}\n" for i, s in enumerate(sentences))
-    tail = "".join(
-        f'Line {i + 1}: "{det(sentences[i] + chr(34))}\n' for i in n.rng.permutation(len(sentences))
-    )
+    tail = "".join(f'Line {i + 1}: "{det(sentences[i] + chr(34))}\n' for i in n.rng.permutation(len(sentences)))
     return head + tail

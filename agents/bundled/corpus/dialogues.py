@@ -10,31 +10,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from agents.bundled.chat import STOP, render
 from agents.bundled.corpus import arithmetic
-from agents.bundled.corpus.hops import OF, phrase
-from agents.bundled.corpus.marks import CLOSE, det
+from agents.bundled.corpus.hops import phrase
 from agents.bundled.corpus.names import NUMBER_ATTRIBUTES, WORDS, Names
+from agents.bundled.corpus.talk import Style, Talk, opening
 from agents.bundled.corpus.toolkit import ARGUMENTS, Tool, make_tool
 
-SYSTEMS = (
-    "You are a helpful assistant.",
-    "Use the tools.",
-    "Answer with the tools you have.",
-    "Be brief.",
-    "You may call tools. Put the result in <answer> tags.",
-    "Help the user.",
-    "Do not guess; call a tool.",
-    "You work for {}.",
-    "Today is {}. Call tools when you need them.",
-    "Finish with <answer>...</answer>.",
-    "Call a tool as <tool_call>JSON</tool_call>, then reply as <answer>result</answer>.",
-)
 WRAPS = (
     "Tell us {}.",
     "Fetch {}.",
@@ -53,49 +39,6 @@ WRAPS = (
     "We want to know {}.",
     "Return {}.",
 )
-PARALLEL = "Call several tools at once where you can."
-THINK = "Think before every step."
-
-
-@dataclass
-class Talk:
-    """A dialogue under construction, with the habits that it keeps to its end."""
-
-    n: Names
-    """Source of every choice."""
-    whole_turns: bool = True
-    """Mark whole assistant turns; otherwise only copied argument values and answers."""
-    messages: list[dict[str, str]] = field(default_factory=list)
-    """The conversation so far; contents may carry marks."""
-    tools: list[Tool] = field(default_factory=list)
-    """What the system message offers."""
-    parallel: bool = False
-    """Independent calls stand in one turn."""
-    think: bool = False
-    """Every assistant turn begins with a thought."""
-    chatty: bool = False
-    """The last turn repeats the question before the answer."""
-
-    def value(self, text: str) -> str:
-        """A copied value inside an assistant turn."""
-        return text if self.whole_turns else det(text)
-
-    def add(self, role: str, content: str) -> None:
-        self.messages.append({"role": role, "content": content})
-
-    def act(self, thought: str, text: str) -> None:
-        """An assistant turn."""
-        text = f"<think>{thought}</think>{text}" if self.think else text
-        self.add("assistant", det(text) if self.whole_turns else text)
-
-    def answer(self, subject: str, value: str) -> None:
-        lead = f"{subject}: " if self.chatty else ""
-        self.act("I have it.", f"{lead}<answer>{self.value(value)}</answer>")
-
-    def text(self) -> str:
-        """The rendered document; a marked turn includes its stop token."""
-        text = render(self.messages, [tool.schema() for tool in self.tools])
-        return text.replace(CLOSE + STOP, STOP + CLOSE) if self.whole_turns else text
 
 
 def document(rng: np.random.Generator, held_out: bool = False) -> str:
@@ -111,50 +54,11 @@ def make(n: Names, whole_turns: bool = True, kinds: tuple[str, ...] = ()) -> Tal
     extra = [k for k in ("field", "search", "formula", "list", "action", "action") if k not in needed]
     more = n.sample(extra, n.pick((0, 0, 0, 1, 1, 2)))
     talk.tools = [make_tool(n, kind) for kind in n.sample([*sorted(needed), *more], len(needed) + len(more))]
-    _opening(talk)
+    opening(talk)
     style = Style.draw(n)
     for question in questions:
         question.play(talk, style)
     return talk
-
-
-def _opening(talk: Talk) -> None:
-    n = talk.n
-    talk.parallel, talk.think, talk.chatty = n.chance(0.15), n.chance(0.06), n.chance(0.08)
-    lines = [n.pick(SYSTEMS).format(n.pick((n.date, n.name))())] if n.chance(0.75) else []
-    lines += [PARALLEL] if talk.parallel else []
-    lines += [THINK] if talk.think else []
-    if lines:
-        talk.add("system", " ".join(lines))
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a dialogue phrases things and how its tools reply."""
-
-    of: str
-    """Noun phrase of an attribute {a} of an owner {x}."""
-    reply: Callable[[str, str, str], str]
-    """(entity, attribute, value) → tool message."""
-
-    @classmethod
-    def draw(cls, n: Names) -> Style:
-        of = n.pick(OF)
-        reply = n.pick(
-            (
-                lambda x, a, v: v,
-                lambda x, a, v: v,
-                lambda x, a, v: v,
-                lambda x, a, v: f"{a}: {v}",
-                lambda x, a, v: f"{x}: {a} = {v}",
-                lambda x, a, v: f"The {a} of {x} is {v}.",
-                lambda x, a, v: json.dumps({"value": v}),
-                lambda x, a, v: json.dumps({"name": x, a: v}),
-                lambda x, a, v: f"{x}'s {a} is {v}.",
-                lambda x, a, v: f"ok: {v}",
-            )
-        )
-        return cls(of, reply)
 
 
 def _tool(talk: Talk, kind: str) -> Tool:

@@ -97,9 +97,7 @@ def _world(n: Names, entities: int, attributes: int) -> tuple[list[str], dict[st
 def records(n: Names) -> str:
     """Several attributes per entity; both the entity and the attribute must be matched."""
     words, world = _world(n, n.integer(2, 6), n.integer(2, 5))
-    head = "".join(
-        f"{k}: " + ", ".join(f"{a} {v}" for a, v in row.items()) + "\n" for k, row in world.items()
-    )
+    head = "".join(f"{k}: " + ", ".join(f"{a} {v}" for a, v in row.items()) + "\n" for k, row in world.items())
     shape = n.pick(("{k} {a}: ", "{a} of {k}: ", "{k}, {a}? ", 'get("{k}", "{a}") = ', "What {a} has {k}? "))
     tail = ""
     for _ in range(n.integer(4, 14)):
@@ -115,9 +113,7 @@ def _rows(n: Names) -> str:
     head = (
         sep.join(["name", *words])
         + "\n"
-        + "".join(
-            sep.join([k, *(v.replace(",", "") for v in row.values())]) + "\n" for k, row in world.items()
-        )
+        + "".join(sep.join([k, *(v.replace(",", "") for v in row.values())]) + "\n" for k, row in world.items())
     )
     tail = ""
     for _ in range(n.integer(3, 10)):
