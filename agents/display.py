@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,12 +161,12 @@ class LiveTable:
     def __init__(self, steps: int, console: Console | None = None):
         self.clock = Clock(steps)
         self.console = console or Console(stderr=True)
-        self.live = Live(console=self.console, refresh_per_second=8, transient=False, get_renderable=self.render)
         self.heading, self.bar = "", (0, 1, "")
         self.history: dict[str, list[float]] = {}
         self.record: Mapping[str, Any] = {}
         self.findings: Sequence[Finding] = ()
         self.left = 0.0
+        self.live = Live(console=self.console, refresh_per_second=8, transient=False, get_renderable=self.render)
 
     def phase(self, name: str, text: str) -> None:
         """The heading of the panel."""
@@ -180,7 +181,7 @@ class LiveTable:
         self.record, self.findings, self.left = record, findings, self.clock.left(record)
         self.heading = "training"
         for _, name, _ in COLUMNS:
-            if isinstance(record.get(name), (int, float)):
+            if isinstance(record.get(name), (int, float)) and math.isfinite(record[name]):
                 self.history.setdefault(name, []).append(float(record[name]))
 
     def evaluation(self, name: str, record: Mapping[str, Any]) -> None:
@@ -210,7 +211,7 @@ class LiveTable:
         table = Table.grid(padding=(0, 2))
         row: list[RenderableType] = []
         for heading, name, text in cells(self.record):
-            row += [Text(heading, style="dim"), Text(text, style="bold"), Text(spark(self.history[name]), style="cyan")]
+            row += [Text(heading, style="dim"), Text(text, style="bold"), Text(spark(self.history.get(name, ())), style="cyan")]
         for start in range(0, len(row), 6):
             table.add_row(*row[start : start + 6])
         return table
@@ -219,6 +220,8 @@ class LiveTable:
 def spark(values: Sequence[float], width: int = 16) -> str:
     """The last values as a line of bars between their own least and greatest."""
     shown = list(values)[-width:]
+    if not shown:
+        return ""
     low, high = min(shown), max(shown)
     if high == low:
         return _BARS[4] * len(shown)

@@ -139,8 +139,9 @@ def _checkpoint_of(config: TrainConfig, display: Display) -> Path | None:
 
 
 def _interrupted(stop: Interrupted, folder: RunFolder | None, display: Display) -> int:
-    if folder is not None:
-        display.note(f"stopped by {stop}; go on with:\n  python -m {MODULE} --resume {folder.path}")
+    if folder is None:  # a helper process: its end is no failure
+        return 0
+    display.note(f"stopped by {stop}; go on with:\n  python -m {MODULE} --resume {folder.path}")
     return 128 + stop.number
 
 

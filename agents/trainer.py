@@ -56,12 +56,15 @@ class Trainer:
         with self._listening():
             if self.started_fresh:
                 self.warm_start()
+                self._stop_if_asked()
                 self.evaluate("before")
                 self.save()
+                self._stop_if_asked()
             while self.session.loop.step < self.config.steps:
                 self.iterate()
-                self._stop_if_asked()
+                self._stop_if_asked(save=True)
             self.evaluate("after")
+            self._stop_if_asked()
             if self.config.eval.hard_episodes and self._has_hard_level():
                 self.evaluate("harder")
             return self.finish()
@@ -90,7 +93,7 @@ class Trainer:
 
     def _on_warm_step(self, step: int, steps: int, nll: float) -> None:
         self.display.progress("warm start", step, steps, f"{nll:.3f} nats/token")
-        self._stop_if_asked(saved=False)
+        self._stop_if_alone()
 
     def iterate(self) -> None:
         """One iteration, its numbers, and what is due after it."""
@@ -151,7 +154,7 @@ class Trainer:
 
     def _on_eval(self, p: Progress) -> None:
         self.display.progress("evaluation", p.done, p.total, "")
-        self._stop_if_asked(saved=False)
+        self._stop_if_alone()
 
     def _has_hard_level(self) -> bool:
         env = self.session.make_env()
@@ -261,18 +264,19 @@ class Trainer:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _stop_if_asked(self, saved: bool = True) -> None:
-        """Stop where a signal came: after an iteration with a checkpoint, elsewhere at once."""
-        if saved:
-            numbers = [n for n in self.session.world.gather(self.signal) if n is not None]
-            number = numbers[0] if numbers else None
-        else:
-            number = self.signal if self.session.world.size == 1 else None
-        if number is None:
+    def _stop_if_asked(self, save: bool = False) -> None:
+        """Stop where a signal came to any process; all of them call this. `save`: with a checkpoint of this step."""
+        numbers = [n for n in self.session.world.gather(self.signal) if n is not None]
+        if not numbers:
             return
-        if saved:
+        if save:
             self.save()
-        raise Interrupted(number)
+        raise Interrupted(numbers[0])
+
+    def _stop_if_alone(self) -> None:
+        """Stop at once where no other process would wait; what was not saved is played again on resume."""
+        if self.session.world.size == 1:
+            self._stop_if_asked()
 
 
 def restore(session: Session, saved: checkpoint.Checkpoint) -> None:

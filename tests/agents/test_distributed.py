@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from agents.learner import LMLearner
 from policy_opt.bank import CRITIC
 from policy_opt.need import VALUES
 from tests.agents.test_learner import ENTROPY, LOGP, batch, loss_of, tiny
-from tests.agents.test_resume import final, finish, forked
+from tests.agents.test_resume import final, finish, forked, wait_for_step
 from tests.agents.test_train import model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, (_free_port(), str(tmp_path)), nprocs=2)
+    mp.start_processes(worker, (_free_port(), str(tmp_path)), nprocs=2, start_method="fork")
     want = steps_of(World())
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -84,6 +85,17 @@ def test_a_run_of_two_processes_equals_one(model_folder, tmp_path):  # noqa: F81
                for r in ("one", "two")]
     assert rewards[0] == rewards[1]
     assert finish(forked(["--resume", str(tmp_path / "two"), "--steps", "4"], log), log, 300) == 0, log.read_text()
+
+
+@pytest.mark.full
+def test_a_signal_stops_both_processes(model_folder, tmp_path):  # noqa: F811
+    run, log = tmp_path / "run", tmp_path / "log"
+    config = small(model_folder, steps=100_000, save=SaveConfig(every=1, keep=2), processes=2, run=str(run))
+    pid = forked(as_arguments(config), log)
+    assert wait_for_step(pid, run, 2, log) is None, log.read_text()
+    os.kill(pid, signal.SIGINT)
+    assert finish(pid, log, 300) == 130, log.read_text()
+    assert f"--resume {run}" in log.read_text() and "error" not in log.read_text()
 
 
 def as_arguments(config) -> list[str]:

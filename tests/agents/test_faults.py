@@ -52,6 +52,7 @@ def test_mistakes_on_the_command_line(capsys, monkeypatch, tmp_path, argv, words
     assert list(tmp_path.glob("*-s0-*")) == []
 
 
+@pytest.mark.full
 def test_python_m_exits_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "agents.train", "--algo", "gropo"], capture_output=True, text=True,

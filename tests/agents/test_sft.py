@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def model_folder(tmp_path_factory):
 def test_a_recorded_conversation_is_what_the_policy_would_have_left(tokenizer):
     chat = ChatFormat(tokenizer())
     (segment,) = record(chat, TALK).segments
-    said = [list(chat.encode_text(TALK.messages[i]["content"])) + [chat.stop_ids[0]] for i in (2, 4)]
+    said = [[*chat.encode_text(TALK.messages[i]["content"]), chat.stop_ids[0]] for i in (2, 4)]
     assert [i for i, m in zip(segment.ids, segment.mask, strict=True) if m] == said[0] + said[1]
     opening = chat.opening(TALK.messages[:2])
     assert segment.ids[: len(opening)] == opening and not any(segment.mask[: len(opening)])
@@ -91,8 +92,8 @@ def test_only_policy_tokens_are_trained_on(model_folder):
 def test_the_rate_rises_then_falls_to_a_tenth():
     rates = [schedule(i, 50) for i in range(50)]
     assert max(rates) == 1.0 and rates[0] == pytest.approx(0.2) and rates[49] == pytest.approx(0.1, abs=0.03)
-    assert all(a <= b for a, b in zip(rates[:5], rates[1:6], strict=True))
-    assert all(a >= b for a, b in zip(rates[5:-1], rates[6:], strict=True))
+    assert all(a <= b for a, b in pairwise(rates[:6]))
+    assert all(a >= b for a, b in pairwise(rates[5:]))
     assert schedule(0, 1) == 1.0
 
 
