@@ -113,9 +113,7 @@ def _token_columns(segments: Sequence[Segment], dtype: torch.dtype) -> dict[str,
 
     def spread(values: Iterable[Sequence[Any]], kind: Any) -> Tensor:
         out_BT = np.zeros(real_BT.shape, dtype=kind)
-        out_BT[real_BT] = np.fromiter(
-            (x for row in values for x in row), dtype=kind, count=int(length_B.sum())
-        )
+        out_BT[real_BT] = np.fromiter((x for row in values for x in row), dtype=kind, count=int(length_B.sum()))
         return torch.from_numpy(out_BT)
 
     mask_BT = spread((s.mask for s in segments), np.bool_)

@@ -83,13 +83,9 @@ class ChatFormat:
         self._protected: dict[str, int] = {text: i for text, (i, special) in added.items() if special}
         self.stop_ids: tuple[int, ...] = (self._find_stop(added),)
         wrappers = self._wrapper_text()
-        self._protected |= {
-            text: i for text, (i, _) in added.items() if text in wrappers and text not in _REASONING
-        }
+        self._protected |= {text: i for text, (i, _) in added.items() if text in wrappers and text not in _REASONING}
         names = sorted(self._protected, key=len, reverse=True)
-        self._split = re.compile(
-            "|".join(map(re.escape, names)) or "(?!)"
-        )  # nothing to protect: never matches
+        self._split = re.compile("|".join(map(re.escape, names)) or "(?!)")  # nothing to protect: never matches
         banned = set(self._protected.values()) | {i for t, (i, _) in added.items() if _MEDIA.search(t)}
         if vocab_size is not None:
             banned |= set(range(len(tokenizer), vocab_size))
@@ -142,16 +138,12 @@ class ChatFormat:
             raise ChatFormatError("the template closes an assistant's turn differently before these messages")
         return ids[1:] if stopped else ids
 
-    def rewrites(
-        self, history: Messages, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> bool:
+    def rewrites(self, history: Messages, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
         """Whether the template alters the tokens of `history` once `messages` follow it."""
         return self.mode == "branch" and self._tail(history, messages, tools) is None
 
     def turn_ids(self, text: str) -> list[int]:
-        """A demonstrated assistant turn as the policy would sample it: text with special tokens split, stop
-        id.
-        """
+        """A demonstrated assistant turn as the policy would sample it: text with special tokens split, stop id."""
         return [*self.encode_text(text), self.stop_ids[0]]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -195,9 +187,7 @@ class ChatFormat:
         follow_ups = [f for f in candidates if self._accepts([user, plain, *f], len(f))]
         probes = [(), _PROBE] if self._accepts([user], 1, _PROBE) else [()]
         if not follow_ups:
-            raise ChatFormatError(
-                "the chat template takes neither a user nor a tool message after the assistant's"
-            )
+            raise ChatFormatError("the chat template takes neither a user nor a tool message after the assistant's")
         rewriting = set()
         for start, said, follow in product(openings, (plain, thought), follow_ups):
             once = [*start, said]
@@ -216,9 +206,7 @@ class ChatFormat:
         return "branch" if rewriting else "append"
 
     def _accepts(self, messages: Messages, last: int, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
-        """Whether the template renders these messages and ends with the texts of the last so many, in
-        order.
-        """
+        """Whether the template renders these messages and ends with the texts of the last so many, in order."""
         skeleton, texts = _skeleton(messages)
         try:
             blocks = self._render(skeleton, tools, generate=True).blocks
@@ -313,9 +301,7 @@ class ChatFormat:
         return self._tools_seen[1]
 
     def _safe_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Schemas are rendered as template text, so a role marker inside them is broken by a zero-width
-        space.
-        """
+        """Schemas are rendered as template text, so a role marker inside them is broken by a zero-width space."""
 
         def clean(value: Any) -> Any:
             if isinstance(value, str):
@@ -408,9 +394,7 @@ def _skeleton(messages: Messages) -> tuple[list[dict[str, Any]], list[str]]:
         else:
             content = hide(text)
         shape = {"role": message["role"], "content": content}
-        if (
-            "name" in message
-        ):  # a tool's name may come from the model: nothing but plain names reaches a template
+        if "name" in message:  # a tool's name may come from the model: nothing but plain names reaches a template
             shape["name"] = message["name"] if _NAME.fullmatch(str(message["name"])) else "unknown"
         shapes.append(shape)
     return shapes, texts

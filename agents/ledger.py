@@ -18,9 +18,7 @@ class Span:
     """A marked stretch of one segment: an image's expanded placeholder tokens, or privileged text."""
 
     kind: str
-    """`image` (its `ref` names the picture) or `privileged` (hints, solutions, feedback; never in
-    evaluation).
-    """
+    """`image` (its `ref` names the picture) or `privileged` (hints, solutions, feedback; never in evaluation)."""
     start: int
     """First token, an index into the segment."""
     length: int
@@ -40,15 +38,11 @@ class Segment:
     mask: list[int] = field(default_factory=list)
     """1 where the policy sampled the token (its stop token included), 0 elsewhere."""
     logp: list[float] = field(default_factory=list)
-    """The sampler's log-prob in nats (full softmax at its temperature, banned ids removed); 0 where mask is
-    0.
-    """
+    """The sampler's log-prob in nats (full softmax at its temperature, banned ids removed); 0 where mask is 0."""
     version: list[int] = field(default_factory=list)
     """Policy version that sampled the token; -1 where mask is 0."""
     turn: list[int] = field(default_factory=list)
-    """Index of the policy turn that the token belongs to; environment text carries the turn that it leads
-    to.
-    """
+    """Index of the policy turn that the token belongs to; environment text carries the turn that it leads to."""
     spans: list[Span] = field(default_factory=list)
     """Images and privileged text."""
 
@@ -83,9 +77,7 @@ class Ledger:
     @property
     def turns(self) -> int:
         """Number of policy turns recorded so far over all segments."""
-        return 1 + max(
-            (t for s in self.segments for t, m in zip(s.turn, s.mask, strict=True) if m), default=-1
-        )
+        return 1 + max((t for s in self.segments for t, m in zip(s.turn, s.mask, strict=True) if m), default=-1)
 
     @property
     def sampled(self) -> int:
@@ -117,9 +109,7 @@ class Ledger:
         if len(logps) != n:
             raise LedgerError(f"{n} sampled ids but {len(logps)} log-probs in turn {turn}")
         if n and not segment.ids:
-            raise LedgerError(
-                "a segment cannot begin with sampled tokens: the policy must have been fed something"
-            )
+            raise LedgerError("a segment cannot begin with sampled tokens: the policy must have been fed something")
         segment.ids.extend(ids)
         segment.mask.extend([1] * n)
         segment.logp.extend(logps)
@@ -132,7 +122,5 @@ class Ledger:
         self.observe(ids, turn)
 
     def concat(self, segment: int = -1) -> list[int]:
-        """The ids of one segment: what the engine holds for this row (plus a last turn it has not been fed
-        yet).
-        """
+        """The ids of one segment: what the engine holds for this row (plus a last turn it has not been fed yet)."""
         return list(self.segments[segment].ids)

@@ -68,9 +68,7 @@ OnProgress = Callable[[Progress], None]
 
 
 class Episode:
-    """One job in play: its environment, conversation and record. Never raises for what the environment
-    does.
-    """
+    """One job in play: its environment, conversation and record. Never raises for what the environment does."""
 
     def __init__(self, job: Job, env: Any, seed: int, limits: Limits) -> None:
         self.job, self.env, self.limits = job, env, limits
@@ -153,9 +151,7 @@ class Episode:
 class Playing:
     """An episode between chat format and engine: its tokens."""
 
-    def __init__(
-        self, episode: Episode, chat: ChatFormat, engine: Engine, limits: Limits, version: int
-    ) -> None:
+    def __init__(self, episode: Episode, chat: ChatFormat, engine: Engine, limits: Limits, version: int) -> None:
         self.episode, self.chat, self.engine, self.limits = episode, chat, engine, limits
         self.key = key_of(episode.job)
         self.ledger = Ledger()
@@ -439,9 +435,7 @@ def with_hint(messages: Messages, hint: str) -> list[dict[str, Any]]:
 
 
 def _added(plain: Sequence[int], hinted: Sequence[int]) -> range:
-    """Which of `hinted`'s tokens are not in `plain`: what lies between their common beginning and common
-    end.
-    """
+    """Which of `hinted`'s tokens are not in `plain`: what lies between their common beginning and common end."""
     start = common_prefix(plain, hinted)
     return range(start, len(hinted) - common_prefix(plain[start:][::-1], hinted[start:][::-1]))
 

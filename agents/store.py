@@ -71,7 +71,8 @@ class TrajectoryWriter:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         data, index = path / DATA, path / INDEX
-        offsets, end, size = [], _START.size, data.stat().st_size if data.exists() else 0
+        offsets: list[int] = []
+        end, size = _START.size, data.stat().st_size if data.exists() else 0
         if size < _START.size:
             data.write_bytes(_START.pack(_MAGIC, _VERSION))
             size = _START.size
@@ -203,8 +204,9 @@ def _scan(path: Path, indexed: Sequence[int]) -> tuple[list[int], int]:
             head = file.read(_RECORD.size)
             if len(head) < _RECORD.size:
                 return None
-            stop = offset + _RECORD.size + _RECORD.unpack(head)[0]
-            return stop if stop <= size and stop - offset <= _LARGEST else None
+            length = _RECORD.unpack(head)[0]
+            stop = offset + _RECORD.size + length
+            return stop if _HEAD.size <= length <= _LARGEST and stop <= size else None
 
         for offset in indexed:
             stop = whole(offset) if offset == end else None

@@ -76,8 +76,6 @@ class Trajectory:
 
     @property
     def cut(self) -> bool:
-        """Whether the episode was cut for want of tokens rather than ended by the policy or the
-        environment.
-        """
+        """Whether the episode was cut for want of tokens rather than ended by the policy or the environment."""
         last = self.turns[-1].stop if self.turns else ""
         return self.stop_reason in ("length", "context") or last in ("length", "context")

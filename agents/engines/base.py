@@ -1,6 +1,4 @@
-"""The engine protocol: token ids in, token ids and log-probs out; a row per episode, kept between its
-turns.
-"""
+"""The engine protocol: token ids in, token ids and log-probs out; a row per episode, kept between its turns."""
 
 from __future__ import annotations
 
@@ -72,14 +70,10 @@ class Engine(Protocol):
     """Version of the policy that samples."""
 
     def turn(self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int) -> None:
-        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by
-        `seed`.
-        """
+        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by `seed`."""
 
     def run(self) -> list[tuple[Key, Sampled]]:
-        """Advance until at least one row finished its turn; [] if none has a turn to finish. Ordered by
-        key.
-        """
+        """Advance until at least one row finished its turn; [] if none has a turn to finish. Ordered by key."""
         ...
 
     def close(self, key: Key) -> None:
@@ -104,9 +98,7 @@ class Said:
 class Voice(Protocol):
     """A speaker within one episode."""
 
-    def __call__(
-        self, messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], max_new_tokens: int
-    ) -> Said:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], max_new_tokens: int) -> Said:
         """The next turn, from the conversation so far and the last observation (new messages, tools)."""
         ...
 

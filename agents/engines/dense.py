@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from agents.engines.slots import Plan, Slots
+from agents.engines.plan import Plan
+from agents.engines.slots import Slots
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")  # a function of the position alone
-_LARGEST = (
-    50_000_000  # parameters; beyond, the products dominate and a second copy of weights is not worth it
-)
+_LARGEST = 50_000_000  # parameters; beyond, the products dominate and a second copy of weights is not worth it
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,7 @@ class DenseForward:
         seen = slots.attend(qk[:, : self.heads], index, 1.0)
         x = torch.addmm(x, seen.reshape(n, -1), layer.out)
         h = _normed(x, self.eps)
-        return torch.addmm(
-            x, F.silu(F.linear(h, layer.gate), inplace=True).mul_(F.linear(h, layer.up)), layer.down
-        )
+        return torch.addmm(x, F.silu(F.linear(h, layer.gate), inplace=True).mul_(F.linear(h, layer.up)), layer.down)
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:

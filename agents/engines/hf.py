@@ -20,12 +20,12 @@ from torch import Tensor
 
 from agents.engines.base import Key, Sampled, SampleParams
 from agents.engines.dense import DenseForward
-from agents.engines.plan import Fed, build_plan
+from agents.engines.plan import Fed, Plan, build_plan
 from agents.engines.recompute import recompute_turns
 from agents.engines.reference import log_prob_gap
 from agents.engines.rows import Decoding, Row
 from agents.engines.sampling import banned_row, draw
-from agents.engines.slots import ATTENTION, Plan, Slots, attention_of
+from agents.engines.slots import ATTENTION, Slots, attention_of
 from agents.ledger import common_prefix
 
 _MIN_PREFIX = 16  # a shared prefix shorter than this is not worth a forward of its own
@@ -77,8 +77,7 @@ class HFEngine:
         self.device, self.vocab_size = head.device, int(head.shape[0])
         self._banned_V = banned_row(banned_ids, self.vocab_size, self.device)
         with torch.inference_mode():
-            layers = int(model.config.get_text_config().num_hidden_layers)
-            self._slots = Slots(rows, layers, self.max_context, self.device)
+            self._slots = Slots(rows, self.max_context, self.device)
             self._decoding = Decoding(rows, stop_ids, self.vocab_size, self.device)
         self._dense: DenseForward | None = None
         self.reuse = True
@@ -107,7 +106,8 @@ class HFEngine:
     def run(self) -> list[tuple[Key, Sampled]]:
         """Advance until at least one row finished its turn. Ordered by key.
 
-        [] if no row has a turn to finish, or if those that have one wait for slots of rows that nobody closes.
+        [] if no row has a turn to finish, or if those that have one wait for slots of rows that nobody
+        closes.
 
         Raises:
             FloatingPointError: the model's logits are not finite.
@@ -115,7 +115,7 @@ class HFEngine:
         done: list[tuple[Row, Sampled]] = []
         if self._full:
             done = [(row, Sampled((), (), "context")) for row in self._full.values()]
-            self._full = {}
+            self._full.clear()
         elif self._waiting or self._decoding.rows:
             with attention_of(self.model, ATTENTION if self.reuse else None), torch.inference_mode():
                 while not done and (self._decoding.rows or self._feedable()):
@@ -156,7 +156,8 @@ class HFEngine:
         self._place()
         fed, copies = self._select()
         leaders = {f.row: i for i, f in enumerate(fed)}
-        plan = build_plan(self._decoding, fed, [leaders[leader] for leader, _ in copies], self._slots)
+        repeats = [leaders[leader] for leader, _ in copies]
+        plan = build_plan(self._decoding, fed, repeats, len(self._slots.prefix_ids))
         logits_RV = self._forward(plan)
         self._decoding.fed()
         for item in fed:
@@ -189,9 +190,7 @@ class HFEngine:
 
     def _finish(self, row: Row, ids: list[int], logps: list[float]) -> tuple[Row, Sampled]:
         if not math.isfinite(sum(logps)):
-            raise FloatingPointError(
-                f"row {row.key}: the model's logits are not finite (version {self.version})"
-            )
+            raise FloatingPointError(f"row {row.key}: the model's logits are not finite (version {self.version})")
         row.ids.extend(ids)
         row.stored += len(ids) - 1  # the last one is fed with the next turn
         full = len(row.ids) >= self.max_context
@@ -211,9 +210,7 @@ class HFEngine:
     # ------------------------------------------------------------------ start-up
 
     def _verify(self) -> None:
-        """Find the fastest forward that reproduces the model's log-probs over two short turns on four
-        rows.
-        """
+        """Find the fastest forward that reproduces the model's log-probs over two short turns on four rows."""
         limit = _TOLERANCE.get(next(self.model.parameters()).dtype, _COARSE)
         ways = [lambda: DenseForward(self.model, self.max_context)] if DenseForward.suits(self.model) else []
         problem = ""
@@ -256,9 +253,7 @@ class HFEngine:
         return any(free or row.slot >= 0 for row in self._waiting.values())
 
     def _share_prefix(self, fresh: list[Row]) -> None:
-        """Compute the prefix that all these rows have in common once, if it is worth it. No slot is in
-        use.
-        """
+        """Compute the prefix that all these rows have in common once, if it is worth it. No slot is in use."""
         first, last = min(row.ids for row in fresh), max(row.ids for row in fresh)
         shared = common_prefix(first, last)  # what the least and the greatest share, all share
         shared = min([shared, *(len(row.ids) - 1 for row in fresh)])  # each row must feed a token of its own
@@ -269,7 +264,7 @@ class HFEngine:
         carrier = Row((), slot=0)
         for start in range(0, len(prefix), _FED_TOKENS):
             chunk = Fed(carrier, prefix[start : start + _FED_TOKENS], last=True)
-            self._forward(build_plan(self._decoding, [chunk], [], self._slots))
+            self._forward(build_plan(self._decoding, [chunk], [], 0))
             carrier.stored += len(chunk.ids)
         self._slots.lift_prefix(0, prefix)
 
@@ -281,9 +276,7 @@ class HFEngine:
         self._slots.shares_S[row.slot] = 0.0 if shares else float("-inf")
 
     def _select(self) -> tuple[list[Fed], list[tuple[Row, Row]]]:
-        """What to feed now, in key order, and (leader, follower) pairs of fresh rows that are fed the
-        same.
-        """
+        """What to feed now, in key order, and (leader, follower) pairs of fresh rows that are fed the same."""
         fed: list[Fed] = []
         copies: list[tuple[Row, Row]] = []
         if len(self._waiting) * _GATHER < len(self._decoding.rows):
@@ -321,12 +314,8 @@ class HFEngine:
         movers = [row for row in used if row.slot >= len(used)]
         if not movers:
             return
-        source, target = torch.tensor(
-            [(r.slot, s) for r, s in zip(movers, free, strict=True)], device=self.device
-        ).T
-        self._slots.copy(
-            source, target, min(self._slots.length, max(row.stored + row.budget for row in movers))
-        )
+        source, target = torch.tensor([(r.slot, s) for r, s in zip(movers, free, strict=True)], device=self.device).T
+        self._slots.copy(source, target, min(self._slots.length, max(row.stored + row.budget for row in movers)))
         for row, slot in zip(movers, free, strict=True):
             self._slots.clear(row.slot)
             self._by_slot[row.slot], self._by_slot[slot] = None, row

@@ -1,6 +1,4 @@
-"""Turns for models whose keys and values cannot be kept between turns: the whole row is computed each
-time.
-"""
+"""Turns for models whose keys and values cannot be kept between turns: the whole row is computed each time."""
 
 from __future__ import annotations
 
@@ -27,12 +25,10 @@ def recompute_turns(
     """
     device = model.get_output_embeddings().weight.device
     longest = max(row.budget for row in rows)
-    u_RM = torch.from_numpy(
-        np.stack([np.pad(uniforms(r.seed, r.budget), (0, longest - r.budget)) for r in rows])
-    )
+    u_RM = torch.from_numpy(np.stack([np.pad(uniforms(r.seed, r.budget), (0, longest - r.budget)) for r in rows]))
     u_RM = u_RM.to(device)
     everything = torch.tensor([row.ids for row in rows], device=device)
-    tokens, cache = everything, {}
+    tokens, cache = everything, dict[str, Any]()
     ids: list[list[int]] = [[] for _ in rows]
     logps: list[list[float]] = [[] for _ in rows]
     live = set(range(len(rows)))

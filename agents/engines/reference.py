@@ -14,9 +14,7 @@ _PREFIX, _FEED, _DRAW = 20, 5, 3  # tokens: enough to exercise shared prefix, fe
 
 
 @torch.no_grad()
-def plain_log_probs(
-    model: Any, ids: Sequence[int], banned_ids: Sequence[int] = (), temperature: float = 1.0
-) -> Tensor:
+def plain_log_probs(model: Any, ids: Sequence[int], banned_ids: Sequence[int] = (), temperature: float = 1.0) -> Tensor:
     """Log-prob of each token of a row given those before it, by one ordinary forward. [T - 1]"""
     device = model.get_output_embeddings().weight.device
     row = torch.tensor([list(ids)], device=device)
@@ -52,9 +50,7 @@ def log_prob_gap(engine: Any) -> float:
     return gap
 
 
-def _two_turns(
-    engine: Engine, openings: list[list[int]], more: list[int]
-) -> list[tuple[list[int], dict[int, float]]]:
+def _two_turns(engine: Engine, openings: list[list[int]], more: list[int]) -> list[tuple[list[int], dict[int, float]]]:
     """Play two turns per row; each row's ids and the log-probs of its sampled tokens by position."""
     ids: dict[Key, list[int]] = {(i,): list(opening) for i, opening in enumerate(openings)}
     logps: dict[Key, dict[int, float]] = {key: {} for key in ids}

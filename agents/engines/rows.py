@@ -37,9 +37,7 @@ class Row:
 
 
 class Decoding:
-    """Rows in the middle of a turn. Tensors are indexed by slot (S), so that rows come and go without
-    moving.
-    """
+    """Rows in the middle of a turn. Tensors are indexed by slot (S), so that rows come and go without moving."""
 
     def __init__(self, rows: int, stop_ids: Sequence[int], vocab_size: int, device: torch.device) -> None:
         self.device, self.width, self.tick = device, 0, 0
@@ -49,9 +47,7 @@ class Decoding:
         self._last_S, self._pos_S, self._base_S, self._count_S, self._budget_S = (
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(5)
         )
-        self._u_SM, self._logp_SM = (
-            torch.zeros(rows, 0, dtype=torch.float64, device=device) for _ in range(2)
-        )
+        self._u_SM, self._logp_SM = (torch.zeros(rows, 0, dtype=torch.float64, device=device) for _ in range(2))
         self._id_SM = torch.zeros(rows, 0, dtype=torch.long, device=device)
         self.clear()
 
@@ -117,19 +113,13 @@ class Decoding:
             self.width = width
 
     def current(self) -> tuple[Tensor, Tensor]:
-        """Slots [R] of the rows that draw a token now (those in a turn, then those that begin), their
-        uniforms.
-        """
+        """Slots [R] of the rows that draw a token now (those in a turn, then those that begin), their uniforms."""
         begun = torch.tensor([row.slot for row in self._begun], dtype=torch.long, device=self.device)
         slot_R = torch.cat([self.slot_D, begun]) if self._begun else self.slot_D
         return slot_R, self._u_SM[slot_R, self._count_S[slot_R]]
 
-    def record(
-        self, slot_R: Tensor, id_R: Tensor, logp_R: Tensor
-    ) -> list[tuple[Row, list[int], list[float]]]:
-        """Note the drawn tokens; returns and drops the rows whose turn is over, with their ids and
-        log-probs.
-        """
+    def record(self, slot_R: Tensor, id_R: Tensor, logp_R: Tensor) -> list[tuple[Row, list[int], list[float]]]:
+        """Note the drawn tokens; returns and drops the rows whose turn is over, with their ids and log-probs."""
         count_R = self._count_S[slot_R]
         self._id_SM[slot_R, count_R] = id_R
         self._logp_SM[slot_R, count_R] = logp_R.double()
@@ -148,9 +138,7 @@ class Decoding:
         self._arrange()
         return finished
 
-    def _collect(
-        self, rows: list[Row], slot_F: Tensor, count_F: Tensor
-    ) -> list[tuple[Row, list[int], list[float]]]:
+    def _collect(self, rows: list[Row], slot_F: Tensor, count_F: Tensor) -> list[tuple[Row, list[int], list[float]]]:
         if not rows:
             return []
         counts = count_F.tolist()

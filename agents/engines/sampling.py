@@ -1,6 +1,4 @@
-"""Drawing tokens: inverse CDF over uniforms that belong to the row, so that no row depends on its
-neighbours.
-"""
+"""Drawing tokens: inverse CDF over uniforms that belong to the row, so that no row depends on its neighbours."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from agents.engines.base import SampleParams
 
 
 def uniforms(seed: Sequence[int], n: int) -> np.ndarray:
-    """`n` numbers in [0, 1), a pure function of `seed` = (run seed, group, member, turn): one per token
-    drawn.
-    """
+    """`n` numbers in [0, 1), a pure function of `seed` = (run seed, group, member, turn): one per token drawn."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(s) for s in seed]))).random(n)
 
 
@@ -30,9 +26,7 @@ def banned_row(banned_ids: Sequence[int], vocab_size: int, device: torch.device)
     return row_V
 
 
-def draw(
-    logits_NV: Tensor, u_N: Tensor, params: SampleParams, banned_V: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def draw(logits_NV: Tensor, u_N: Tensor, params: SampleParams, banned_V: Tensor | None) -> tuple[Tensor, Tensor]:
     """Draw one id per row.
 
     Args:
@@ -60,9 +54,7 @@ def draw(
 
 
 def _invert_cdf(p_NV: Tensor, u_N: Tensor) -> Tensor:
-    """First id whose cumulative probability exceeds u times the total; ids of probability 0 are never
-    drawn.
-    """
+    """First id whose cumulative probability exceeds u times the total; ids of probability 0 are never drawn."""
     # float64 keeps the error of a sum over a large vocabulary far below any probability that matters.
     wide = torch.float32 if p_NV.device.type == "mps" else torch.float64
     cdf_NV = p_NV.cumsum(-1, dtype=wide)

@@ -53,9 +53,7 @@ class _Playing:
         self._script = script
         self._started = False
 
-    def __call__(
-        self, messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], max_new_tokens: int
-    ) -> Said:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], max_new_tokens: int) -> Said:
         try:
             text = self._script.send(obs) if self._started else next(self._script)
         except StopIteration:

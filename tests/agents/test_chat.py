@@ -159,20 +159,23 @@ def test_a_template_that_forgets_branches_everywhere() -> None:
 
 def test_no_chat_template() -> None:
     tokenizer = byte_bpe(None)
-    with pytest.raises(ChatFormatError, match="no chat template.*chat_template.jinja"):
+    with pytest.raises(ChatFormatError, match=r"no chat template.*chat_template\.jinja"):
         ChatFormat(tokenizer)
 
 
+PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}CLOSE{% endfor %}"
+PLAIN += "{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
 def test_no_token_of_its_own_closes_a_turn() -> None:
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     with pytest.raises(ChatFormatError, match="closes an assistant's turn"):
-        ChatFormat(byte_bpe(template))
+        ChatFormat(byte_bpe(PLAIN.replace("CLOSE", "\n")))
 
 
 def test_role_markers_of_ordinary_text_are_warned_of() -> None:
-    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% if m.role == 'assistant' %}<think>{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    closed = "{% if m.role == 'assistant' %}<think>{% endif %}"
     with pytest.warns(UserWarning, match="ordinary text"):
-        ChatFormat(byte_bpe(template))
+        ChatFormat(byte_bpe(PLAIN.replace("CLOSE", closed)))
 
 
 def test_a_broken_template_names_the_roles() -> None:

@@ -281,7 +281,7 @@ def test_a_full_context_is_a_stop(reuse: bool) -> None:
     while finished := engine.run():
         done |= dict(finished)
     assert done[1,] == done[2,] == Sampled((), (), "context")
-    assert len(done[0,].ids) == 4 and done[0,].stop == "context" or done[0,].stop == "stop"
+    assert (len(done[0,].ids) == 4 and done[0,].stop == "context") or done[0,].stop == "stop"
     engine.turn((0,), [9] * 10, (0, 1), 5)
     assert engine.run() == [((0,), Sampled((), (), "context"))]
 

@@ -50,7 +50,9 @@ def check(trajectories: list[Trajectory], noted: Noting, chat: ChatFormat) -> No
 
 
 said = st.text(alphabet="aAbZ <|im_start|>\n\ud800\x00é", max_size=12)
-new = st.lists(st.builds(lambda r, c: {"role": r, "content": c}, st.sampled_from(["user", "tool"]), said), min_size=1, max_size=2)
+new = st.lists(
+    st.builds(lambda r, c: {"role": r, "content": c}, st.sampled_from(["user", "tool"]), said), min_size=1, max_size=2
+)
 
 
 @settings(max_examples=25, deadline=None)

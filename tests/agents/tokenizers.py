@@ -64,9 +64,7 @@ QWEN3 = (
 )
 """Qwen3's structure: thoughts before the last user message are left out of the history."""
 
-FORGETFUL = CHATML.replace(
-    "{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'gone' }}"
-)
+FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role != 'assistant' else 'gone' }}")
 """A template that drops what the assistant said as soon as something follows."""
 
 _CORPUS = [
@@ -106,8 +104,6 @@ def _dress(core: Tokenizer, template: str | None, pad_to: int) -> PreTrainedToke
     plain = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
     plain += [f"<extra_{i}>" for i in range(pad_to - core.get_vocab_size() - len(plain))]
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = template
     return tokenizer

@@ -6,8 +6,8 @@ Both sides play the same conversations with the same random Qwen3 of the bundled
 batch, on one thread: each turn brings 32 observed tokens and samples exactly 32. First, in float64, both must
 choose the same ids greedily; then both are timed at temperature 1, alternating, best of the repeats.
 
-The bound is the ratio of tokens that have to go through the model: calling `generate` per turn computes the whole
-conversation anew each time. Where per-call overhead, not tokens, is what costs, our side can beat it.
+The bound is the ratio of tokens that have to go through the model: calling `generate` per turn computes the
+whole conversation anew each time. Where per-call overhead, not tokens, is what costs, our side can beat it.
 """
 
 from __future__ import annotations
