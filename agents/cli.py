@@ -41,7 +41,7 @@ def parse(config_type: type[C], argv: Sequence[str], prog: str, default: C | Non
     base = default if default is not None else _default(config_type)
     for file in files:
         base = from_toml(file, config_type, base)
-    return tyro.cli(
+    return tyro.cli(  # type: ignore[return-value]
         config_type,
         prog=prog,
         description=(config_type.__doc__ or "").strip() + "\n\n--config FILE.toml reads options from a file; "

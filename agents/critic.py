@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ class Critic(nn.Module):
     The head starts at zero, so that the first values are 0 whatever the trunk says.
     """
 
-    def __init__(self, policy: nn.Module):
+    def __init__(self, policy: Any):
         super().__init__()
         trunk = trunk_of(policy)
         self.trunk = copy.deepcopy(trunk)
@@ -30,7 +31,7 @@ class Critic(nn.Module):
         return self.head(hidden_NH).squeeze(-1)
 
 
-def trunk_of(model: nn.Module) -> nn.Module:
+def trunk_of(model: Any) -> Any:
     """The part of a causal LM that ends in hidden states."""
     if isinstance(model, Critic):
         return model.trunk

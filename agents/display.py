@@ -211,7 +211,8 @@ class LiveTable:
         table = Table.grid(padding=(0, 2))
         row: list[RenderableType] = []
         for heading, name, text in cells(self.record):
-            row += [Text(heading, style="dim"), Text(text, style="bold"), Text(spark(self.history.get(name, ())), style="cyan")]
+            bars = spark(self.history.get(name, ()))
+            row += [Text(heading, style="dim"), Text(text, style="bold"), Text(bars, style="cyan")]
         for start in range(0, len(row), 6):
             table.add_row(*row[start : start + 6])
         return table

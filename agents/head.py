@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Head:
             raise ValueError(f"a head needs a temperature above 0, got {self.temperature}")
 
     @classmethod
-    def of(cls, model: nn.Module, temperature: float = 1.0, banned: Sequence[int] = ()) -> Head:
+    def of(cls, model: Any, temperature: float = 1.0, banned: Sequence[int] = ()) -> Head:
         """The head of a transformers causal LM. Raises ValueError where the output layer is not linear."""
         layer = model.get_output_embeddings()
         if not isinstance(layer, nn.Linear):

@@ -32,7 +32,9 @@ def record(chat: ChatFormat, conversation: Conversation) -> Ledger:
 
     Raises UsageError where the conversation does not alternate between the environment and the assistant.
     """
-    ledger, history, pending, turn = Ledger(), [], [], 0
+    ledger, turn = Ledger(), 0
+    history: list[Mapping[str, Any]] = []
+    pending: list[Mapping[str, Any]] = []
     tools = conversation.tools
     for message in conversation.messages:
         if message["role"] != "assistant":

@@ -74,7 +74,7 @@ class LMLearner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         config: OptimConfig | None = None,
         *,
         convention: Convention | None = None,

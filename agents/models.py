@@ -15,7 +15,7 @@ from agents.cli import UsageError
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A causal LM in evaluation mode and its tokenizer.
 
     `spec` is `bundled`, the folder of a run, the folder of a transformers model, or a Hugging Face id.
@@ -23,12 +23,7 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
     """
     place = locate(spec)
     _quiet()
-    if place is None:
-        from agents import bundled
-
-        model, tokenizer = bundled.load()
-    else:
-        model, tokenizer = _from_transformers(place, dtype)
+    model, tokenizer = _bundled() if place is None else _from_transformers(place, dtype)
     if model.get_output_embeddings() is None:
         raise UsageError(f"{spec}: {type(model).__name__} has no language-model head")
     return model.to(dtype).eval(), tokenizer
@@ -54,6 +49,12 @@ def locate(spec: str) -> str | None:
     return spec
 
 
+def _bundled() -> tuple[Any, Any]:
+    from agents import bundled
+
+    return bundled.load()
+
+
 def _quiet() -> None:
     """No progress bars of transformers: they would tear the display apart."""
     from transformers.utils import logging
@@ -61,7 +62,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _from_transformers(place: str, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def _from_transformers(place: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -96,7 +97,7 @@ def is_tiny(model: nn.Module) -> bool:
     return parameters(model) < 20_000_000
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, card: Iterable[str] = ()) -> None:
+def export(model: Any, tokenizer: Any, folder: Path, card: Iterable[str] = ()) -> None:
     """`save_pretrained` of model and tokenizer, readable by any transformers program."""
     _quiet()
     model.save_pretrained(folder)

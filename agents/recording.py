@@ -46,6 +46,6 @@ def token_columns(b: Batch, streams: Mapping[str, Tensor]) -> dict[Key, dict[str
     out: dict[Key, dict[str, list[np.ndarray]]] = {}
     for row, (group, member) in enumerate(zip(b["group_B"].tolist(), b["member_B"].tolist(), strict=True)):
         episode = out.setdefault((group, member), {name: [] for name in arrays})
-        for name, value in arrays.items():
-            episode[name].append(value[row, : length_B[row]])
+        for name, array in arrays.items():
+            episode[name].append(array[row, : length_B[row]])
     return out

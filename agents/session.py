@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 import policy_opt
 from agents.actor import LMActor, Player, refuse_truncated
@@ -35,7 +34,7 @@ class Session:
     world: World
     recipe: Recipe
     make_env: MakeEnv
-    model: nn.Module
+    model: Any
     tokenizer: Any
     chat: ChatFormat
     convention: Convention
@@ -109,12 +108,12 @@ def build(config: TrainConfig, world: World) -> Session:
     )
 
 
-def micro_tokens(config: TrainConfig, model: nn.Module) -> int:
+def micro_tokens(config: TrainConfig, model: Any) -> int:
     """Tokens of a training micro-batch."""
     return config.micro_tokens or (1024 if is_tiny(model) else 8192)
 
 
-def max_context(config: TrainConfig, model: nn.Module) -> int:
+def max_context(config: TrainConfig, model: Any) -> int:
     """Tokens that an episode may hold."""
     if config.rollout.max_context is not None:
         return config.rollout.max_context
@@ -122,7 +121,7 @@ def max_context(config: TrainConfig, model: nn.Module) -> int:
     return min(512 if is_tiny(model) else 4096, positions)
 
 
-def _player(config: TrainConfig, world: World, make_env: MakeEnv, model: nn.Module, chat: ChatFormat) -> Player:
+def _player(config: TrainConfig, world: World, make_env: MakeEnv, model: Any, chat: ChatFormat) -> Player:
     r, context = config.rollout, max_context(config, model)
     params = SampleParams(r.temperature, r.top_k, r.top_p, r.max_new_tokens)
     engine = HFEngine(

@@ -49,9 +49,9 @@ class _Listening:
     def begin(self, env: Any, seed: Key) -> Voice:
         voice = self.scripts.begin(env, seed)
 
-        def listen(messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], most: int) -> Said:
+        def listen(messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], max_new_tokens: int) -> Said:
             self.tools.setdefault(seed, obs.get("tools", ()))
-            return voice(messages, obs, most)
+            return voice(messages, obs, max_new_tokens)
 
         return listen
 

@@ -116,8 +116,11 @@ class Learner(Protocol):
 
     version: int
     """Optimizer steps taken so far; the rollout records it per token."""
-    lr: float
-    """Learning rate that the next `step` uses for the policy."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate that the next `step` uses for the policy."""
+        ...
 
     def prepare(
         self, models: Mapping[str, ModelSpec], needs: Sequence[Need], optimizer: Optim | None
