@@ -55,8 +55,7 @@ class RolloutConfig:
     max_new_tokens: int = 64
     """Sampled tokens per turn at most."""
     max_context: int | None = None
-    """Tokens per episode at most, prompt and tool results included; none: 512 for models below 20 million
-    parameters, else 4,096, and never more than the model has positions."""
+    """Tokens per episode at most, all included; none: 512 for tiny models, else 4,096, or what the model has."""
     temperature: float = 1.0
     """Softmax temperature of sampler and trainer."""
     top_k: int = 0
@@ -134,15 +133,13 @@ class TrainConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     """Checkpoints and stored episodes."""
     micro_tokens: int | None = None
-    """Tokens of a training micro-batch, padding included; none: 1,024 for models below 20 million parameters (they
-    then stay in the processor's cache), else 8,192."""
+    """Tokens of a training micro-batch, padding included; none: 1,024 for tiny models, else 8,192."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Weights. bfloat16: float32 weights, computed with in bfloat16 where the device can."""
     threads: int | None = None
-    """Threads per process; none: 1 for models below 20 million parameters, else torch's choice."""
+    """Threads per process; none: 1 for tiny models (below 20 million parameters), else torch's choice."""
     processes: int | None = None
-    """Processes on this machine, among which episodes and rows are shared out; none: 2 for the bundled model on a
-    processor with two cores or more, else 1. Runs with different numbers differ by rounding."""
+    """Processes that share episodes and rows; none: 2 for the bundled model where there are two cores, else 1."""
     run: str | None = None
     """Folder of the run; none: a new one under `runs`."""
     runs: str = "runs"

@@ -44,7 +44,7 @@ def estimate(session: Session) -> str:
 
 def _rollout(session: Session) -> tuple[int, list[Ledger], float]:
     """Sampled tokens, ledgers and seconds of a few training episodes."""
-    jobs = [Job(i % session.config.train_tasks, group=i, member=0) for i in range(PROBE)]
+    jobs = [Job(i % session.tasks, group=i, member=0) for i in range(PROBE)]
     began = time.perf_counter()
     played = session.player(jobs)
     seconds = time.perf_counter() - began

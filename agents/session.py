@@ -34,6 +34,8 @@ class Session:
     world: World
     recipe: Recipe
     make_env: MakeEnv
+    tasks: int
+    """Size of the pool of training tasks."""
     model: Any
     tokenizer: Any
     chat: ChatFormat
@@ -79,6 +81,18 @@ def env_maker(spec: str, arguments: Mapping[str, Any]) -> MakeEnv:
     return make
 
 
+def env_facts(make_env: MakeEnv, most_tasks: int) -> tuple[int, float]:
+    """Training tasks (at most so many) and the lowest reward. UsageError where there is nothing to train on."""
+    env = make_env().unwrapped
+    try:
+        known = env.task_count("train") if "train" in env.splits else 0
+        if known == 0:
+            raise UsageError(f"{env.name or type(env).__name__} has no training tasks: it is for evaluation only")
+        return min(most_tasks, known or most_tasks), env.lowest_reward
+    finally:
+        env.close()
+
+
 def build(config: TrainConfig, world: World) -> Session:
     """Build a session. Raises UsageError, UnknownEnv, RecipeError or ChatFormatError on what the user got wrong."""
     recipe = policy_opt.get(config.algo)
@@ -86,6 +100,7 @@ def build(config: TrainConfig, world: World) -> Session:
     recipe.check()
     refuse_truncated(config.rollout.top_k, config.rollout.top_p, config.rollout.temperature)
     make_env = env_maker(config.env, env_arguments(config))
+    tasks, lowest = env_facts(make_env, config.train_tasks)
     dtype = DTYPES["float64" if config.dtype == "float64" else "float32"]
     model, tokenizer = load_model(config.model, dtype)
     model.to(world.device)
@@ -93,18 +108,18 @@ def build(config: TrainConfig, world: World) -> Session:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
-        player = _player(config, world, make_env, model, chat)
+        player = _player(config, world, make_env, model, chat, lowest)
     convention = Convention(config.rollout.temperature, tuple(chat.banned_ids))
     learner = LMLearner(
         model, config.optim, convention=convention, world=world, micro_tokens=micro_tokens(config, model)
     )
     player.version = lambda: learner.version
     actor = LMActor(player, dtype)
-    size = RunSize(config.train_tasks, config.groups, config.group_size, config.seed)
+    size = RunSize(tasks, config.groups, config.group_size, config.seed)
     loop = Loop(recipe, actor, learner, size)
     notes = tuple(str(w.message) for w in caught)
     return Session(
-        config, world, recipe, make_env, model, tokenizer, chat, convention, player, actor, learner, loop, notes
+        config, world, recipe, make_env, tasks, model, tokenizer, chat, convention, player, actor, learner, loop, notes
     )
 
 
@@ -121,7 +136,9 @@ def max_context(config: TrainConfig, model: Any) -> int:
     return min(512 if is_tiny(model) else 4096, positions)
 
 
-def _player(config: TrainConfig, world: World, make_env: MakeEnv, model: Any, chat: ChatFormat) -> Player:
+def _player(
+    config: TrainConfig, world: World, make_env: MakeEnv, model: Any, chat: ChatFormat, error_reward: float
+) -> Player:
     r, context = config.rollout, max_context(config, model)
     params = SampleParams(r.temperature, r.top_k, r.top_p, r.max_new_tokens)
     engine = HFEngine(
@@ -129,6 +146,7 @@ def _player(config: TrainConfig, world: World, make_env: MakeEnv, model: Any, ch
         rows=max(1, -(-r.rows // world.size)), max_context=context,
     )  # fmt: skip
     limits = Limits(
-        max_turns=r.max_turns or 64, max_new_tokens=r.max_new_tokens, max_context=context
+        max_turns=r.max_turns or 64, max_new_tokens=r.max_new_tokens, max_context=context,
+        error_reward=error_reward,
     )
     return Player(make_env, chat, engine, limits, config.seed, world)

@@ -88,7 +88,8 @@ def _run(config: TrainConfig, world: World) -> int:
         if config.dry_run:
             from agents.estimate import estimate
 
-            display.note(estimate(session))
+            text = estimate(session)
+            print(text) if world.main else None
             return 0
         folder = open_folder(config, session) if world.main else None
         trainer = Trainer(session, folder, display)

@@ -79,7 +79,7 @@ class Trainer:
             return
         self.display.phase("warm start", f"imitating up to {c.warm.episodes} scripted episodes")
         began = time.monotonic()
-        tasks = warm.demo_tasks(c.warm, c.train_tasks, c.seed)
+        tasks = warm.demo_tasks(c.warm, s.tasks, c.seed)
         demos = warm.demonstrations(s.make_env, weights, tasks, c.seed, s.player.limits.max_turns)
         room = s.player.limits.max_context
         ledgers, dropped = warm.fitting([record(s.chat, demo) for demo in demos], room)

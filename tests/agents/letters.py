@@ -60,3 +60,9 @@ def save_model(folder: Path, template: str | None = None) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class OnlyEval(Letters):
+    """Letters to be tested on, not trained."""
+
+    splits = ("eval",)

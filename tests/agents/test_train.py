@@ -113,7 +113,7 @@ def test_json_and_dry_run(model_folder, tmp_path, capsys):
     common = ["--env", SPEC, "--model", model_folder, "--steps", "1", "--groups", "2", "--group-size", "2",
               "--eval.episodes", "6", "--rollout.max-new-tokens", "2", "--runs", str(tmp_path), "--warm.when", "never"]
     assert train.main([*common, "--dry-run"]) == 0
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().out
     for word in ("model", "episode", "iteration", "minutes", "MiB"):
         assert word in printed
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("Letters")]
@@ -121,3 +121,28 @@ def test_json_and_dry_run(model_folder, tmp_path, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(last["success_before"]) == len(last["success_after"]) == 3
     assert last["run"].startswith(str(tmp_path)) and last["report"].endswith("report.html")
+
+
+def reward_by_length(final, row):
+    """A user's own reward: short answers."""
+    return float(len(final or "") < 4)
+
+
+def test_a_users_own_questions(model_folder, tmp_path):
+    """`--env jsonl:FILE --reward module:function` trains without an environment being written."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": f"number {i}?"}) + "\n" for i in range(40)))
+    config = small(model_folder, env=f"jsonl:{file}", reward="tests.agents.test_train:reward_by_length", steps=1,
+                   train_tasks=2000, warm=WarmConfig(when="never"))  # fmt: skip
+    trainer = start(config, tmp_path / "run")
+    assert trainer.session.tasks < 40, "the pool is what the file has"
+    trainer.run()
+    assert trainer.history[0]["reward"] > 0
+
+
+def test_an_environment_without_training_tasks_is_refused(model_folder):
+    from agents.cli import UsageError
+
+    config = small(model_folder, env="tests.agents.letters:OnlyEval")
+    with pytest.raises(UsageError, match="for evaluation only"):
+        build(config, World())
