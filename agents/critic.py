@@ -28,7 +28,7 @@ class Critic(nn.Module):
 
     def value_N(self, hidden_NH: Tensor) -> Tensor:
         """One value per hidden state."""
-        return self.head(hidden_NH).squeeze(-1)
+        return self.head(hidden_NH.to(self.head.weight.dtype)).squeeze(-1)
 
 
 def trunk_of(model: Any) -> Any:

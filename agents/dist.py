@@ -33,6 +33,7 @@ class World:
         self.size = accelerator.num_processes if accelerator else 1
         self.rank = accelerator.process_index if accelerator else 0
         self.device = accelerator.device if accelerator else torch.device("cpu")
+        self.precision = torch.bfloat16 if accelerator and accelerator.mixed_precision == "bf16" else None
 
     @classmethod
     def start(cls, bfloat16: bool = False) -> World:

@@ -11,7 +11,7 @@ Notation: N positions that are asked for, H hidden width, V vocabulary, C rows o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,13 @@ class Head:
         ids = torch.tensor(sorted(banned), dtype=torch.long, device=layer.weight.device) if banned else None
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         return cls(layer.weight, layer.bias, temperature, ids, cap)
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head computing in another precision; gradients still reach the weights."""
+        if self.weight_VH.dtype == dtype:
+            return self
+        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+        return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
     def rows(self) -> int:
         """Rows of one chunk."""
@@ -203,13 +210,14 @@ def evaluate(head: Head, hidden_NH: Tensor, functionals: Sequence[Functional]) -
     """
     if not functionals:
         raise ValueError("no functional was asked for")
+    head = head.to(hidden_NH.dtype)
     return _Evaluate.apply(hidden_NH, head.weight_VH, head.bias_V, head, tuple(functionals))
 
 
 @torch.no_grad()
 def top_k(head: Head, hidden_NH: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens per position: log-probabilities `[N, k]` in falling order and their ids `[N, k]`."""
-    k = min(k, head.weight_VH.shape[0])
+    k, head = min(k, head.weight_VH.shape[0]), head.to(hidden_NH.dtype)
     parts = [head.logp_CV(chunk).topk(k, dim=1) for chunk in hidden_NH.split(head.rows())]
     if not parts:
         return hidden_NH.new_zeros((0, k)), torch.zeros((0, k), dtype=torch.long, device=hidden_NH.device)

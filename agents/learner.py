@@ -312,7 +312,8 @@ class LMLearner:
     def hidden(self, name: str, tokens_RT: Tensor) -> Tensor:
         """Last hidden states `[R, T, H]` of a model of the bank."""
         with self.world.autocast():
-            return hidden_of(self._get(name).model, tokens_RT)
+            hidden_RTH = hidden_of(self._get(name).model, tokens_RT)
+        return hidden_RTH if self.world.precision is None else hidden_RTH.to(self.world.precision)
 
     def _head(self, name: str) -> Head:
         return Head.of(self._get(name).model, self.convention.temperature, self.convention.banned)

@@ -87,6 +87,16 @@ def test_a_run_of_two_processes_equals_one(model_folder, tmp_path):  # noqa: F81
     assert finish(forked(["--resume", str(tmp_path / "two"), "--steps", "4"], log), log, 300) == 0, log.read_text()
 
 
+def test_mixed_precision_computes_coarsely_and_steps_full_weights(model_folder, tmp_path):  # noqa: F811
+    """In a process of its own, because accelerate remembers the precision of the first."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    config = small(model_folder, algo="ppo", steps=2, dtype="bfloat16", run=str(run), processes=1)
+    assert finish(forked(as_arguments(config), log), log) == 0, log.read_text()
+    assert all(v.dtype == torch.float32 for v in final(run)["learner"]["members"]["policy"]["model"].values())
+    gaps = [json.loads(x)["logp_gap"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 1e-6 < max(gaps) < 0.3
+
+
 @pytest.mark.full
 def test_a_signal_stops_both_processes(model_folder, tmp_path):  # noqa: F811
     run, log = tmp_path / "run", tmp_path / "log"
