@@ -128,7 +128,7 @@ class DenseForward:
         return F.linear(_normed(x.index_select(0, plan.keep_R), self.eps), self.head)
 
     def _block(self, x: Tensor, turn_N1F: Tensor, layer: Layer, index: int, slots: Slots) -> Tensor:
-        n, rotated = len(x), self.heads + self.kv_heads
+        n, rotated = x.shape[0], self.heads + self.kv_heads
         qkv = F.linear(_normed(x, self.eps), layer.qkv, layer.qkv_bias).view(n, -1, self.head_dim)
         qk = qkv[:, :rotated]
         if layer.head_norm is not None:

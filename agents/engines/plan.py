@@ -55,6 +55,8 @@ class Plan:
     """Flat indices whose logits are wanted."""
     slot_D: Tensor
     """Slots of the decoding rows."""
+    decoding: int
+    """Their number, D."""
     span: int
     """One more than the highest decoding slot."""
     reach: int
@@ -80,11 +82,11 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], p
         prefix: length of the shared prefix.
     """
     ids_D, pos_D, index_D = decoding.pending()
-    device, n_decode = ids_D.device, len(ids_D)
+    device, n_decode = ids_D.device, len(decoding.rows)
     if not fed:
         keep_R = torch.arange(n_decode, device=device)
         return Plan(
-            ids_D, pos_D, decoding.slot_D, index_D, keep_R, decoding.slot_D,
+            ids_D, pos_D, decoding.slot_D, index_D, keep_R, decoding.slot_D, n_decode,
             decoding.span, decoding.reach, decoding.dense, None,
         )  # fmt: skip
     lengths = np.array([len(f.ids) for f in fed])
@@ -109,6 +111,7 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], p
         index_N=torch.cat([index_D, index_N]),
         keep_R=torch.from_numpy(np.concatenate([np.arange(n_decode), n_decode + last_N])).to(device),
         slot_D=decoding.slot_D,
+        decoding=n_decode,
         span=decoding.span,
         reach=decoding.reach,
         dense=decoding.dense,

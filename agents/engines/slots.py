@@ -108,7 +108,7 @@ class Slots(Cache):
         """Announce the next forward."""
         self.reserve(plan.longest)
         self.plan = plan
-        self._flat: Tensor | None = None
+        self._flat: dict[int, Tensor] = {}
         self._bias_S1L: Tensor | None = None
         self.open_SL[plan.slot_N, plan.index_N] = 0.0
 
@@ -133,11 +133,11 @@ class Slots(Cache):
 
     def _places(self, heads: int) -> Tensor:
         """Places of the plan's tokens in memory flattened to [rows * heads * length], token by token."""
-        if self._flat is None or len(self._flat) != heads * len(self.plan.slot_N):
+        if heads not in self._flat:
             head_H = torch.arange(heads, device=self.device)
             row_NH = (self.plan.slot_N[:, None] * heads + head_H) * self.length
-            self._flat = (row_NH + self.plan.index_N[:, None]).flatten()
-        return self._flat
+            self._flat[heads] = (row_NH + self.plan.index_N[:, None]).flatten()
+        return self._flat[heads]
 
     # ------------------------------------------------------------------ attention
 
@@ -145,7 +145,7 @@ class Slots(Cache):
         """Attention of the plan's N tokens in layer `layer`: [N, H, E] -> [N, H, E of the values]."""
         if scale != 1.0:
             query_NHE = query_NHE * scale
-        d, fed = len(self.plan.slot_D), self.plan.fed
+        d, fed = self.plan.decoding, self.plan.fed
         if fed is None:
             return self._decode(query_NHE, layer)
         out = self._feed(query_NHE[d:], fed, layer)
