@@ -17,9 +17,6 @@ from policy_opt.batch import Batch
 OWN = ("reward_B", "correct_B", "length_B", "turns_B", "truncated_B", "failed_B")
 """Columns of one number per row that every batch has; a fact of one of these names is left out."""
 
-Name = tuple[int, int, int]
-"""(group, member, seat): names a trajectory within a batch."""
-
 
 def batch_of(
     trajectories: Sequence[Trajectory],
@@ -71,24 +68,6 @@ def batch_of(
         **{name: value[owner_B] for name, value in columns.items()},
         names=names,
     )
-
-
-def token_columns(batch: Batch, names: Iterable[str]) -> dict[Name, dict[str, list[np.ndarray]]]:
-    """Per-token columns of a batch, by trajectory: name -> one array per segment, padding removed.
-
-    For the record and the report: `TrajectoryWriter.append(trajectory, columns[group, member, seat])`. A
-    row's length is that of its real tokens; names of columns that the batch lacks are left out.
-    """
-    present = [name for name in names if name in batch]
-    values = {name: batch[name].detach().float().cpu().numpy() for name in present}
-    length_B = batch.real_BT.sum(1).tolist()
-    ids = torch.stack([batch[unit] for unit in ("group_B", "member_B", "seat_B")], 1).tolist()
-    out: dict[Name, dict[str, list[np.ndarray]]] = {}
-    for row, (group, member, seat) in enumerate(ids):
-        mine = out.setdefault((group, member, seat), {name: [] for name in present})
-        for name in present:
-            mine[name].append(values[name][row, : length_B[row]])
-    return out
 
 
 def _ledgers(trajectories: Sequence[Trajectory]) -> list[Ledger]:

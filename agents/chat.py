@@ -17,21 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-Messages = Sequence[Mapping[str, Any]]
+from agents.skeleton import CLOSE, OPEN, ChatFormatError, Messages, blocks_of, skeleton_of, text_of
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: they frame a placeholder's number
-_PLACE = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_MARKERS = re.compile(r"(\n*</?think>\n*)")  # what templates look for inside an assistant's text
-_NAME = re.compile(r"[\w.\-]{1,64}")
+__all__ = ["ChatFormat", "ChatFormatError", "Messages", "text_of"]
+
 _MEDIA = re.compile(r"image|video|audio|vision", re.IGNORECASE)
 _REASONING = frozenset({"<think>", "</think>"})
 _CACHED_RENDERS = 4096
 _CACHED_TEXTS = 16384
 _CACHED_CHARS = 512  # longer texts are rarely seen twice
-
-
-class ChatFormatError(ValueError):
-    """The tokenizer's chat template cannot be used; the message says why and what to do."""
 
 
 class _Render(NamedTuple):
@@ -46,8 +40,7 @@ class ChatFormat:
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
-        vocab_size: rows of the model's output matrix; ids that the tokenizer does not know are then banned,
-            too.
+        vocab_size: rows of the model's output matrix; ids that the tokenizer does not know are then banned, too.
         template_kwargs: passed on to the template (`enable_thinking`, ...).
 
     Attributes:
@@ -82,7 +75,7 @@ class ChatFormat:
         added = _added_tokens(tokenizer)
         self._protected: dict[str, int] = {text: i for text, (i, special) in added.items() if special}
         self.stop_ids: tuple[int, ...] = (self._find_stop(added),)
-        wrappers = self._wrapper_text()
+        wrappers = "".join(self._wrappers())
         self._protected |= {text: i for text, (i, _) in added.items() if text in wrappers and text not in _REASONING}
         names = sorted(self._protected, key=len, reverse=True)
         self._split = re.compile("|".join(map(re.escape, names)) or "(?!)")  # nothing to protect: never matches
@@ -97,7 +90,7 @@ class ChatFormat:
 
     def opening(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of a whole conversation with the tools' schemas, up to and including the generation prompt."""
-        skeleton, texts = _skeleton(messages)
+        skeleton, texts = skeleton_of(messages)
         render = self._render(skeleton, tools, generate=True)
         self._expect_all(render.blocks, len(texts))
         return self._ids(render.blocks, texts)
@@ -110,8 +103,7 @@ class ChatFormat:
         tools: Sequence[Mapping[str, Any]] = (),
         stopped: bool = True,
     ) -> list[int]:
-        """Ids that follow a sampled assistant turn: the rest of its closing, the new messages, the next
-        prompt.
+        """Ids that follow a sampled assistant turn: the rest of its closing, the new messages, the next prompt.
 
         Args:
             messages: what the environment said since.
@@ -207,7 +199,7 @@ class ChatFormat:
 
     def _accepts(self, messages: Messages, last: int, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
         """Whether the template renders these messages and ends with the texts of the last so many, in order."""
-        skeleton, texts = _skeleton(messages)
+        skeleton, texts = skeleton_of(messages)
         try:
             blocks = self._render(skeleton, tools, generate=True).blocks
         except ChatFormatError:
@@ -226,16 +218,17 @@ class ChatFormat:
         for marker in self._protected:
             if any(i in self._forbidden for i in self.encode_text(f"x{marker}\n{marker}y")):
                 raise ChatFormatError(f"text can forge the special token {marker!r} with this tokenizer")
-        if not self._split.search(self._wrapper_text()):
+        ordinary = [block for block in self._wrappers() if not self._split.search(block)]
+        if ordinary:
             warnings.warn(
-                "the chat template's role markers are ordinary text, not tokens of their own: what an environment "
-                "or a tool returns could imitate another role",
+                f"the chat template sets messages apart by ordinary text ({ordinary[0]!r}), not by tokens of their "
+                f"own: what an environment or a tool returns could imitate another role",
                 stacklevel=4,
             )
 
     def _find_stop(self, added: Mapping[str, tuple[int, bool]]) -> int:
         """The single token with which the template closes an assistant's turn."""
-        blocks = self._render(_skeleton(_STUB)[0], (), generate=False).blocks
+        blocks = self._render(skeleton_of(_STUB)[0], (), generate=False).blocks
         said = blocks.index(1) if 1 in blocks else len(blocks)
         closing = "".join(b for b in blocks[said + 1 :] if isinstance(b, str))
         ids = self._piece(closing) if closing else ()
@@ -246,19 +239,22 @@ class ChatFormat:
             )
         return ids[0]
 
-    def _wrapper_text(self) -> str:
-        """What the template writes around user and tool messages, and between turns."""
-        parts = []
+    def _wrappers(self) -> list[str]:
+        """What the template writes before and after the text of a user's and of a tool's message."""
+        found = []
         for role in ("user", "tool"):
-            skeleton, _ = _skeleton([*_STUB, {"role": role, "content": "x", "name": "f"}])
+            skeleton, _ = skeleton_of([*_STUB, {"role": role, "content": "x", "name": "f"}])
             try:
                 blocks = self._render(skeleton, (), generate=False).blocks
             except ChatFormatError:
                 continue
-            around = [i for i, b in enumerate(blocks) if b == 2]
-            if around:
-                parts += [str(b) for b in blocks[around[0] - 1 :] if isinstance(b, str)]
-        return "".join(parts)
+            text = next((i for i, b in enumerate(blocks) if b == 2), None)
+            if text is not None:
+                found += [
+                    "".join(b for b in blocks[edge] if isinstance(b, str))
+                    for edge in (slice(text - 1, text), slice(text + 1, text + 2))
+                ]
+        return found
 
     # ------------------------------------------------------------------ rendering
 
@@ -266,14 +262,14 @@ class ChatFormat:
         self, history: Messages, messages: Messages, tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[str | int], list[str]] | None:
         """Blocks after the last text of `history`, and all texts; None where history is rewritten."""
-        skeleton, texts = _skeleton([*history, *messages])
+        skeleton, texts = skeleton_of([*history, *messages])
         cut = len(history)
         said = skeleton[cut - 1]["content"]
         before = self._render(skeleton[: cut - 1], tools, generate=True).text
         after = self._render(skeleton, tools, generate=True).text
         if not after.startswith(before + said):
             return None
-        return _blocks(after[len(before) + len(said) :]), texts
+        return blocks_of(after[len(before) + len(said) :]), texts
 
     def _render(self, skeleton: Messages, tools: Sequence[Mapping[str, Any]], *, generate: bool) -> _Render:
         """Render placeholders; cached, because the outcome depends on roles and tools only."""
@@ -293,7 +289,7 @@ class ChatFormat:
         except Exception as error:  # templates raise whatever they like, through jinja2
             roles = ", ".join(m["role"] for m in skeleton)
             raise ChatFormatError(f"the chat template cannot render the roles [{roles}]: {error}") from error
-        return _remember(self._renders, key, _Render(tuple(_blocks(text)), text), _CACHED_RENDERS)
+        return _remember(self._renders, key, _Render(tuple(blocks_of(text)), text), _CACHED_RENDERS)
 
     def _tools_key(self, tools: Sequence[Mapping[str, Any]]) -> str:
         if tools is not self._tools_seen[0]:
@@ -305,7 +301,7 @@ class ChatFormat:
 
         def clean(value: Any) -> Any:
             if isinstance(value, str):
-                value = value.replace(_OPEN, "").replace(_CLOSE, "")
+                value = value.replace(OPEN, "").replace(CLOSE, "")
                 return self._split.sub(lambda m: m.group()[0] + "\u200b" + m.group()[1:], value)
             if isinstance(value, Mapping):
                 return {clean(k): clean(v) for k, v in value.items()}
@@ -323,9 +319,11 @@ class ChatFormat:
 
     def _piece(self, text: str) -> tuple[int, ...]:
         """Ids of a piece of the template itself, special tokens recognised."""
-        if text not in self._pieces:
-            self._pieces[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        return self._pieces[text]
+        known = self._pieces.get(text)
+        if known is None:
+            ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            known = _remember(self._pieces, text, ids, _CACHED_RENDERS)
+        return known
 
     @property
     def _forbidden(self) -> set[int]:
@@ -356,54 +354,6 @@ _PROBE: Sequence[Mapping[str, Any]] = (
     {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
 )
 _STUB: Messages = ({"role": "user", "content": "u"}, {"role": "assistant", "content": "a"})
-
-
-def text_of(content: Any) -> str:
-    """A message's text: the string itself, or its text parts joined.
-
-    Raises:
-        ChatFormatError: a part is no text (images need a vision processor's expansion into tokens).
-    """
-    if isinstance(content, str):
-        return content
-    parts = []
-    for part in content or ():
-        if part.get("type") != "text":
-            raise ChatFormatError(f"this chat format has no tokens for a {part.get('type')!r} part")
-        parts.append(part["text"])
-    return "".join(parts)
-
-
-def _skeleton(messages: Messages) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages with numbered placeholders instead of texts, and the texts in order.
-
-    In an assistant's text the thought markers stay, because templates look for them; the rest is hidden.
-    """
-    shapes: list[dict[str, Any]] = []
-    texts: list[str] = []
-
-    def hide(text: str) -> str:
-        texts.append(text)
-        return f"{_OPEN}{len(texts) - 1}{_CLOSE}"
-
-    for message in messages:
-        text = text_of(message.get("content"))
-        if message["role"] == "assistant" and "think>" in text:
-            pieces = _MARKERS.split(text)
-            content = "".join(p if i % 2 else (hide(p) if p else "") for i, p in enumerate(pieces))
-        else:
-            content = hide(text)
-        shape = {"role": message["role"], "content": content}
-        if "name" in message:  # a tool's name may come from the model: nothing but plain names reaches a template
-            shape["name"] = message["name"] if _NAME.fullmatch(str(message["name"])) else "unknown"
-        shapes.append(shape)
-    return shapes, texts
-
-
-def _blocks(text: str) -> list[str | int]:
-    """Split rendered text at its placeholders."""
-    pieces = _PLACE.split(text)
-    return [int(p) if i % 2 else p for i, p in enumerate(pieces) if i % 2 or p]
 
 
 def _added_tokens(tokenizer: Any) -> dict[str, tuple[int, bool]]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.batching import batch_of, token_columns
+from agents.batching import batch_of
 from agents.ledger import Ledger
 from agents.trajectory import Trajectory, TurnInfo
 from envs import Verdict
-from policy_opt.batch import Batch, concat
+from policy_opt.batch import concat
 
 
 @st.composite
@@ -104,21 +102,6 @@ def test_batches_of_a_run_can_stand_under_each_other() -> None:
     parts = [batch_of([t], scores=("correct",), facts=("calls",)) for t in (good, bad)]
     both = concat(parts)
     assert both["calls_B"].tolist() == [2, 0] and both["failed_B"].tolist() == [0, 1]
-
-
-def test_token_columns_find_their_way_back() -> None:
-    ledger = Ledger()
-    ledger.observe([1, 2], 0)
-    ledger.act([3], [-1.0], 0, 0)
-    ledger.branch([4], 1)
-    ledger.act([5, 6, 7], [-1.0, -2.0, -3.0], 1, 0)
-    t = Trajectory("a", 0, "train", 1, group=7, member=3, ledger=ledger)
-    b: Batch = batch_of([t])
-    b = b.put(adv_BT=torch.arange(b.B * b.T, dtype=torch.float64).view(b.B, b.T))
-    found = token_columns(b, ["adv_BT", "logp_sampler_BT", "absent_BT"])
-    assert set(found) == {(7, 3, 0)} and set(found[7, 3, 0]) == {"adv_BT", "logp_sampler_BT"}
-    assert [len(x) for x in found[7, 3, 0]["adv_BT"]] == [3, 4]
-    assert np.array_equal(found[7, 3, 0]["logp_sampler_BT"][1], [0, -1, -2, -3])
 
 
 def test_what_has_no_tokens_cannot_be_trained_on() -> None:

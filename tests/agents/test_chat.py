@@ -173,7 +173,7 @@ def test_no_token_of_its_own_closes_a_turn() -> None:
 
 
 def test_role_markers_of_ordinary_text_are_warned_of() -> None:
-    closed = "{% if m.role == 'assistant' %}<think>{% endif %}"
+    closed = "{% if m.role == 'assistant' %}<|im_end|>{% endif %}"
     with pytest.warns(UserWarning, match="ordinary text"):
         ChatFormat(byte_bpe(PLAIN.replace("CLOSE", closed)))
 

@@ -13,6 +13,7 @@ import envs
 from agents.chat import ChatFormat
 from agents.engines.base import Said
 from agents.engines.hf import HFEngine
+from agents.engines.reference import plain_log_probs
 from agents.engines.scripted import Scripted, UnknownScript
 from agents.rollout import EnvPool, Limits, Progress, play, play_text
 from agents.trajectory import Trajectory
@@ -230,3 +231,20 @@ def test_a_speaker_that_fails_ends_its_episode() -> None:
 
     [t] = play_text(jobs(1, 1), lambda: Chatter(script=SCRIPT), Dumb(), Limits(), 3)
     assert t.stop_reason == "error:timeout" and t.verdict is not None and len(t.turns) == 1
+
+
+def test_the_bundled_model_plays_tool_qa() -> None:
+    """As training does it: the template only appends, the fast forward is used, log-probs are the trainer's."""
+    from agents.bundled import load
+
+    model, tokenizer = load()
+    chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    engine = engine_for(chat, model, rows=6)
+    assert chat.mode == "append" and engine.reuse and engine._dense is not None
+    played = play(jobs(4), lambda: envs.make("tool_qa"), chat, engine, Limits(max_new_tokens=24, max_context=512), 1)
+    for t in played:
+        [segment] = t.ledger.segments
+        plain = plain_log_probs(model, segment.ids, chat.banned_ids).tolist()
+        gaps = [abs(plain[i - 1] - segment.logp[i]) for i, m in enumerate(segment.mask) if m]
+        assert max(gaps) <= 1e-4 and t.verdict is not None
+    assert len({t.task_id for t in played}) == 4
