@@ -24,6 +24,7 @@ __all__ = ["ChatFormat", "ChatFormatError", "Messages", "text_of"]
 _MEDIA = re.compile(r"image|video|audio|vision", re.IGNORECASE)
 _REASONING = frozenset({"<think>", "</think>"})
 _CACHED_RENDERS = 4096
+_KNOWN_TOOLS = 8
 _CACHED_TEXTS = 16384
 _CACHED_CHARS = 512  # longer texts are rarely seen twice
 
@@ -65,7 +66,7 @@ class ChatFormat:
         self._renders: dict[Any, _Render] = {}
         self._texts: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, tuple[int, ...]] = {}
-        self._tools_seen: tuple[Any, str] = ((), "")
+        self._tools_seen: list[tuple[Any, str]] = []
         if not getattr(tokenizer, "chat_template", None):
             where = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
             raise ChatFormatError(
@@ -292,9 +293,13 @@ class ChatFormat:
         return _remember(self._renders, key, _Render(tuple(blocks_of(text)), text), _CACHED_RENDERS)
 
     def _tools_key(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        if tools is not self._tools_seen[0]:
-            self._tools_seen = (tools, json.dumps(tools, sort_keys=True, default=str))
-        return self._tools_seen[1]
+        """What names these tools in the cache; comparing with those seen last is quicker than writing JSON."""
+        for seen, key in self._tools_seen:
+            if seen is tools or seen == tools:
+                return key
+        key = json.dumps(tools, sort_keys=True, default=str)
+        self._tools_seen = [(tools, key), *self._tools_seen[: _KNOWN_TOOLS - 1]]
+        return key
 
     def _safe_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Schemas are rendered as template text, so a role marker inside them is broken by a zero-width space."""
