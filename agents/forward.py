@@ -6,10 +6,8 @@ the right; under causal attention padding cannot reach a real token, so no atten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from agents.critic import trunk_of
@@ -41,35 +39,11 @@ class Positions:
     def __len__(self) -> int:
         return self.row_N.numel()
 
-    def before(self, hidden_bTH: Tensor) -> Tensor:
-        """Hidden states that predict these tokens, `[N, H]`."""
-        return hidden_bTH[self.row_N, self.time_N - 1]
-
     def take(self, x_bT: Tensor) -> Tensor:
         """Entries of a per-token tensor, `[N]`."""
         return x_bT[self.row_N, self.time_N]
-
-    def spread(self, x_N: Tensor, rows: int, width: int) -> Tensor:
-        """`[rows, width]` with x at these places and zero elsewhere."""
-        out_bT = x_N.new_zeros((rows, width))
-        out_bT[self.row_N, self.time_N] = x_N
-        return out_bT
 
 
 def hidden_of(model: nn.Module, tokens_bT: Tensor) -> Tensor:
     """Last hidden states `[b, T, H]` of right-padded rows."""
     return trunk_of(model)(input_ids=tokens_bT, use_cache=False).last_hidden_state
-
-
-def micro_batches(length_B: Tensor, budget: int) -> Iterator[Tensor]:
-    """Row indices in micro-batches of similar length, each of at most `budget` tokens, padding included.
-
-    A row longer than the budget stands alone. Order: long rows first, so that memory peaks at once.
-    """
-    order = torch.argsort(length_B, descending=True, stable=True)
-    start = 0
-    while start < len(order):
-        longest = max(1, int(length_B[order[start]]))
-        size = max(1, budget // longest)
-        yield order[start : start + size]
-        start += size

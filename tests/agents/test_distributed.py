@@ -43,7 +43,7 @@ def steps_of(world: World) -> dict[str, torch.Tensor]:
         out |= {f"{step}/{k}": v for k, v in streams.items()}
         out[f"{step}/norm"] = torch.tensor([metrics["grad_norm"], metrics["grad_norm_critic"]])
     out |= {f"policy/{k}": v.detach() for k, v in one.model.named_parameters()}
-    out |= {f"critic/{k}": v.detach() for k, v in one.members["critic"].model.named_parameters()}
+    out |= {f"critic/{k}": v.detach() for k, v in one.bank.members["critic"].model.named_parameters()}
     return out
 
 

@@ -55,7 +55,7 @@ def full_logp(model, b: Batch):
 def test_scores_equal_the_materialised_ones():
     other = tiny(1)
     one = learner(micro_tokens=40, bank={"ref": REFERENCE})
-    one.members["ref"].model.load_state_dict(other.state_dict())
+    one.bank.members["ref"].model.load_state_dict(other.state_dict())
     b = batch()
     needs = [
         LOGP, ENTROPY, Need("kl_BT", KLTo("ref")), Need("logp_ref_BT", LogProb(), model="ref"),
@@ -167,7 +167,7 @@ def test_rows_without_gradient_are_only_looked_at():
 def test_the_critic_learns_with_its_own_optimizer_and_the_reference_stays():
     one = learner(bank={"critic": CRITIC, "ref": REFERENCE})
     b = batch()
-    before = {k: v.clone() for k, v in one.members["ref"].model.state_dict().items()}
+    before = {k: v.clone() for k, v in one.bank.members["ref"].model.state_dict().items()}
     values = Need("values_BT", Value(), model="critic", when="loss")
     errors = []
     for _ in range(30):
@@ -178,7 +178,7 @@ def test_the_critic_learns_with_its_own_optimizer_and_the_reference_stays():
     assert errors[0] == 1.0 and errors[-1] < 0.5
     assert metrics["grad_norm"] == 0 and metrics["grad_norm_critic"] > 0
     assert one.version == 30
-    assert all(torch.equal(v, before[k]) for k, v in one.members["ref"].model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in one.bank.members["ref"].model.state_dict().items())
 
 
 def test_a_model_of_the_bank_follows_the_policy():
@@ -187,16 +187,16 @@ def test_a_model_of_the_bank_follows_the_policy():
     one.backward(b, [LOGP], lambda rows, live: {"logp_BT": -b.mask_BT[rows].double()})
     one.step()
     one.sync("ema", decay=0.75)
-    torch.testing.assert_close(one.members["ema"].model.lm_head.weight,
+    torch.testing.assert_close(one.bank.members["ema"].model.lm_head.weight,
                                0.75 * start + 0.25 * one.model.lm_head.weight)
     one.sync("ema")
-    assert torch.equal(one.members["ema"].model.lm_head.weight, one.model.lm_head.weight)
+    assert torch.equal(one.bank.members["ema"].model.lm_head.weight, one.model.lm_head.weight)
 
 
 def test_clipping_bounds_the_step_and_a_broken_gradient_is_skipped():
     b = batch()
     one = learner()
-    one.members["policy"].config = OptimConfig(name="sgd", lr=1.0, beta1=0.0, clip=0.5)
+    one.bank.members["policy"].config = OptimConfig(name="sgd", lr=1.0, beta1=0.0, clip=0.5)
     before = torch.cat([p.detach().flatten() for p in one.model.parameters()])
     one.backward(b, [LOGP], lambda rows, live: {"logp_BT": 100.0 * b.mask_BT[rows]})
     metrics = one.step()

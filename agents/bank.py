@@ -1,0 +1,158 @@
+"""The models of a run: the policy and those beside it, each with its optimizer or none, stepped and saved together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from agents import optim
+from agents.config import OptimConfig
+from agents.critic import Critic, trunk_of
+from agents.dist import World
+from policy_opt.bank import ModelSpec, Optim
+from policy_opt.errors import RecipeError, unknown
+
+
+@dataclass
+class Member:
+    """A model of the bank, the policy included."""
+
+    model: Any
+    """A causal LM, or a Critic."""
+    config: OptimConfig
+    """How it is stepped."""
+    optimizer: torch.optim.Optimizer | None
+    """None: frozen."""
+    spec: ModelSpec | None = None
+    """What the recipe said of it; None for the policy."""
+    steps: int = 0
+    """Optimizer steps so far."""
+    shares: bool | None = None
+    """Whether it can compute an opening once for several rows; None: not tried yet."""
+
+    def rate(self) -> float:
+        """Learning rate of the next step, warm-up included."""
+        warm = min(1.0, (self.steps + 1) / self.config.warmup) if self.config.warmup else 1.0
+        return self.config.lr * warm
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What its optimizer steps."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def step(self, world: World, lr_scale: float) -> float:
+        """Sum gradients over processes, clip, step, clear; the gradient's norm before clipping.
+
+        A gradient that is not finite changes nothing.
+        """
+        parameters = self.parameters()
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        world.sum_(grads)
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if math.isfinite(norm):
+            if 0 < self.config.clip < norm:
+                torch._foreach_mul_(grads, self.config.clip / norm)
+            assert self.optimizer is not None
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate() * lr_scale
+            self.optimizer.step()
+        self.steps += 1
+        for p in parameters:
+            p.grad = None
+        return norm
+
+
+class Bank:
+    """Models by name; `policy` is always there."""
+
+    def __init__(self, policy: Any, config: OptimConfig):
+        self.config = config
+        self.members: dict[str, Member] = {"policy": Member(policy, config, optim.build(policy, config))}
+
+    def __getitem__(self, name: str) -> Member:
+        if name not in self.members:
+            raise RecipeError(unknown("model of the bank", name, self.members))
+        return self.members[name]
+
+    @property
+    def policy(self) -> Member:
+        """The model that is trained and that samples."""
+        return self.members["policy"]
+
+    def prepare(self, models: Mapping[str, ModelSpec], optimizer: Optim | None) -> None:
+        """Build the models that are not there yet. `optimizer` is a recipe's wish for the policy."""
+        wanted = _merged(optimizer, self.config) if optimizer is not None else self.config
+        if wanted != self.policy.config:
+            self.policy.config, self.policy.optimizer = wanted, optim.build(self.policy.model, wanted)
+        for name, spec in models.items():
+            if name not in self.members:
+                self.members[name] = self._build(name, spec)
+            elif self.members[name].spec != spec:
+                raise RecipeError(f"model `{name}` of the bank is declared twice: {self.members[name].spec}, {spec}")
+
+    def _build(self, name: str, spec: ModelSpec) -> Member:
+        policy = self.policy.model
+        if spec.role == "critic":
+            model: Any = Critic(policy)
+        elif spec.role == "copy" and spec.source == "policy":
+            model = copy.deepcopy(policy)
+        elif spec.role in ("copy", "teacher", "reward"):
+            from agents.models import load_model
+
+            weight = next(policy.parameters())
+            model = load_model(spec.source, weight.dtype)[0].to(weight.device)
+        else:
+            raise RecipeError(f"model `{name}` of the bank: a language-model learner cannot build a {spec.role}")
+        if spec.optimizer is None:
+            return Member(model.requires_grad_(False), self.config, None, spec)
+        own = _merged(spec.optimizer, self.config)
+        return Member(model, own, optim.build(model, own), spec)
+
+    @torch.no_grad()
+    def sync(self, name: str, decay: float) -> None:
+        """Model `name` becomes decay * itself + (1 - decay) * policy; of a critic, its trunk."""
+        target, source = self[name].model, self.policy.model
+        if isinstance(target, Critic):
+            target, source = target.trunk, trunk_of(source)
+        for old, new in zip(target.parameters(), source.parameters(), strict=True):
+            old.copy_(new) if decay == 0 else old.mul_(decay).add_(new, alpha=1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer states and counters of every model."""
+        return {
+            name: {
+                "model": dict(m.model.state_dict()),
+                "optimizer": optim.state_of(m.optimizer, m.model) if m.optimizer is not None else None,
+                "steps": m.steps,
+            }
+            for name, m in self.members.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`; RecipeError where the names differ, CheckpointError where tensors do."""
+        from agents.checkpoint import load_model
+
+        if state.keys() != self.members.keys():
+            raise RecipeError(f"the state holds models {sorted(state)}, the run {sorted(self.members)}")
+        for name, entry in state.items():
+            member = self.members[name]
+            load_model(member.model, entry["model"], f"model `{name}` of the checkpoint")
+            if member.optimizer is not None:
+                optim.restore(member.optimizer, member.model, entry["optimizer"])
+            member.steps = entry["steps"]
+
+
+def _merged(own: Optim, run: OptimConfig) -> OptimConfig:
+    """A recipe's optimizer with the run's clipping and warm-up, and the run's rate where it names none."""
+    rate = own.lr if own.lr is not None else run.lr * own.lr_scale
+    return replace(
+        run, name=own.name, lr=rate, beta1=own.betas[0], beta2=own.betas[1], weight_decay=own.weight_decay
+    )
