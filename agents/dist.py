@@ -115,6 +115,11 @@ def launched(module: str, argv: Sequence[str], processes: int) -> Iterator[None]
         threading.Thread(target=_watch, args=(other, rank, over), daemon=True).start()
     try:
         yield
+    except BaseException:
+        over.set()
+        for other in others:
+            other.kill()
+        raise
     finally:
         over.set()
         for name in (*shared, "RANK", "LOCAL_RANK"):

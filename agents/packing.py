@@ -64,7 +64,8 @@ def plan(b: Batch, which_B: Tensor, budget: int, world: World, share: bool) -> l
     mine = _deal(units, [unit.cost(length_B) for unit in units], world)
     shared = [unit for unit in mine if unit.opening]
     plain = [_Unit([row], 0) for unit in mine if not unit.opening for row in unit.rows]
-    chunks, held = [], []
+    chunks: list[Chunk] = []
+    held: list[_Unit] = []
     for unit in shared:
         longest = max([unit.opening, *(u.opening for u in held)])
         if held and longest * (len(held) + 1) > budget:

@@ -26,7 +26,8 @@ class Openings:
         self.width = tokens_GP.shape[1]
         cache = DynamicCache(config=self.trunk.config)
         self.trunk(input_ids=tokens_GP, past_key_values=cache, use_cache=True)
-        self.made = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        layers: list[Any] = cache.layers
+        self.made: list[Tensor] = [x for layer in layers for x in (layer.keys, layer.values)]
         self.held = [x.detach().requires_grad_(x.requires_grad) for x in self.made]
 
     def hidden(self, tokens_RS: Tensor, opening_R: Tensor) -> Tensor:

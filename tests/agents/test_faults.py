@@ -24,7 +24,7 @@ from tests.agents.tokenizers import QWEN3
 
 def refused(capsys, monkeypatch, *argv: str) -> str:
     """What the command says; it must exit 2 with one line."""
-    monkeypatch.setattr("sys.argv", ["train", *argv])
+    monkeypatch.setattr("sys.argv", ["train", *argv, *([] if "--resume" in argv else ["--processes", "1"])])
     with pytest.raises(SystemExit) as stop:
         cli.run(train.main, train.user_errors)
     assert stop.value.code == 2
