@@ -39,6 +39,7 @@ class Member:
     def rate(self) -> float:
         """Learning rate of the next step, warm-up included."""
         warm = min(1.0, (self.steps + 1) / self.config.warmup) if self.config.warmup else 1.0
+        assert self.config.lr is not None  # the bank resolves it
         return self.config.lr * warm
 
     def parameters(self) -> list[nn.Parameter]:
@@ -74,8 +75,10 @@ class Bank:
     """Models by name; `policy` is always there."""
 
     def __init__(self, policy: Any, config: OptimConfig):
-        self.config = config
-        self.members: dict[str, Member] = {"policy": Member(policy, config, optim.build(policy, config))}
+        self.config = optim.resolved(config, policy)
+        self.members: dict[str, Member] = {
+            "policy": Member(policy, self.config, optim.build(policy, self.config))
+        }
 
     def __getitem__(self, name: str) -> Member:
         if name not in self.members:
@@ -152,6 +155,7 @@ class Bank:
 
 def _merged(own: Optim, run: OptimConfig) -> OptimConfig:
     """A recipe's optimizer with the run's clipping and warm-up, and the run's rate where it names none."""
+    assert run.lr is not None  # the bank resolves it
     rate = own.lr if own.lr is not None else run.lr * own.lr_scale
     return replace(
         run, name=own.name, lr=rate, beta1=own.betas[0], beta2=own.betas[1], weight_decay=own.weight_decay

@@ -12,8 +12,8 @@ class OptimConfig:
 
     name: str = "adamw"
     """Any optimizer of torch.optim, in any case: adamw, adam, sgd, rmsprop, ..."""
-    lr: float = 3e-4
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate; none: 5e-4 for models below 20 million parameters, else 1e-6."""
     beta1: float = 0.9
     """Momentum, where the optimizer has one."""
     beta2: float = 0.99
@@ -32,13 +32,13 @@ class WarmConfig:
 
     when: Literal["auto", "always", "never"] = "auto"
     """auto: the bundled model on an environment with demonstrators."""
-    episodes: int = 400
+    episodes: int = 500
     """Demonstrations at most; each is of another training task."""
     epochs: int = 2
     """Passes over them."""
-    batch: int = 16
+    batch: int = 8
     """Conversations per optimizer step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate; it rises over a tenth of the steps and falls linearly to a tenth."""
     cache: bool = True
     """Keep the result under the cache folder, by content of model, environment and these settings."""
@@ -114,7 +114,7 @@ class TrainConfig:
     """Change to the recipe, STAGE=PART(OPTION=VALUE); may be given several times."""
     seed: int = 0
     """Every random stream of the run derives from it."""
-    steps: int = 60
+    steps: int = 80
     """Iterations."""
     groups: int = 16
     """Tasks per iteration."""
@@ -122,7 +122,7 @@ class TrainConfig:
     """Episodes per task."""
     train_tasks: int = 2000
     """Size of the pool of training tasks, with stable ids."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(warmup=5))
     """The policy's optimizer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How episodes are played."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import nn
 
 from agents.cli import UsageError, nearest
 from agents.config import OptimConfig
+from agents.models import is_tiny
+
+
+def resolved(config: OptimConfig, model: nn.Module) -> OptimConfig:
+    """The configuration with a learning rate: what it names, or the default for a model of this size."""
+    return config if config.lr is not None else replace(config, lr=5e-4 if is_tiny(model) else 1e-6)
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -23,7 +30,7 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     if cls is None:
         raise UsageError(f"unknown optimizer `{config.name}`{nearest(config.name, classes)}")
     accepted = inspect.signature(cls).parameters
-    options: dict[str, Any] = {"lr": config.lr}
+    options: dict[str, Any] = {"lr": resolved(config, model).lr}
     if "betas" in accepted:
         options["betas"] = (config.beta1, config.beta2)
     elif "momentum" in accepted:

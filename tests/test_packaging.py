@@ -16,7 +16,7 @@ FOREIGN = {
     "agents/__init__.py": "NAME = 'openai-agents'\n",
     "agents/run.py": "",
     "openai_agents-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: openai-agents\nVersion: 1.0\n",
-    "openai_agents-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "openai_agents-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     "openai_agents-1.0.dist-info/RECORD": "agents/__init__.py,,\nagents/run.py,,\n",
 }
 
@@ -35,7 +35,8 @@ def python(site: Path, code: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(ROOT)]
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    command = [*pip, "-w", str(out), str(ROOT)]
     subprocess.run(command, check=True, timeout=300)
     (path,) = out.glob("palaestra-*.whl")
     return path
