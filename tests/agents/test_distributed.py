@@ -20,7 +20,7 @@ from agents.learner import LMLearner
 from policy_opt.bank import CRITIC
 from policy_opt.need import VALUES
 from tests.agents.test_learner import ENTROPY, LOGP, batch, loss_of, tiny
-from tests.agents.test_resume import final, finish, forked, wait_for_step
+from tests.agents.test_resume import final, finish, forked, same, wait_for_step
 from tests.agents.test_train import model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,12 @@ def test_a_run_of_two_processes_equals_one(model_folder, tmp_path):  # noqa: F81
     rewards = [[json.loads(x)["reward"] for x in (tmp_path / r / "metrics.jsonl").read_text().splitlines()]
                for r in ("one", "two")]
     assert rewards[0] == rewards[1]
-    assert finish(forked(["--resume", str(tmp_path / "two"), "--steps", "4"], log), log, 300) == 0, log.read_text()
+    again = ["--resume", str(tmp_path / "two"), "--from-step", "1"]
+    assert finish(forked(again, log), log, 300) == 0, log.read_text()
+    c = final(tmp_path / "two")
+    for state in (b, c):
+        state.pop("files")
+    same(b, c)
 
 
 def test_mixed_precision_computes_coarsely_and_steps_full_weights(model_folder, tmp_path):  # noqa: F811
