@@ -140,7 +140,8 @@ class Learner(Protocol):
         """Accumulate the gradient of sum(cotangent * stream) over all rows; return all streams, detached.
 
         For each micro-batch of whole rows: forward with gradient, cotangents = pull(rows, streams.detach()),
-        then sum(cotangent * stream).backward(). Every row is pulled exactly once over all processes;
+        then sum(cotangent * stream).backward(). pull is pure: a learner may first ask it about guessed
+        streams, to find rows without gradient. Every row's gradient counts once over all processes;
         gradients are summed over processes, never averaged. The streams returned are [B, T], the same on
         every process.
         """

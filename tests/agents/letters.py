@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from envs import ChatEnv, Task, Verdict, fingerprint
 from envs.random_agent import random_agent
 from tests.agents.tokenizers import byte_bpe
 
-SPEC = "tests.agents.letters:Letters"
+SPEC, SHAPED = "tests.agents.letters:Letters", "tests.agents.letters:Shaped"
 SPLITS = {"train": "abcd", "eval": "efgh"}
 
 
@@ -60,6 +61,19 @@ def save_model(folder: Path, template: str | None = None) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Shaped(Letters):
+    """Letters with a little reward for any letter, so that a policy that knows nothing has something to learn."""
+
+    def judge(self, task, final):
+        verdict = super().judge(task, final)
+        said = final or ""
+        share = sum(c.isascii() and c.isalpha() for c in said) / max(1, len(said))
+        return replace(verdict, reward=verdict.reward + 0.1 * share)
+
+    def reward_bound(self, task):
+        return 1.1
 
 
 class OnlyEval(Letters):

@@ -151,14 +151,15 @@ def test_a_folder_that_is_taken(capsys, monkeypatch, tmp_path, model_folder):  #
 
 def test_context_too_small_is_an_outcome(tmp_path, model_folder):  # noqa: F811
     config = small(model_folder, steps=1)
-    config = replace(config, rollout=replace(config.rollout, max_context=8), warm=replace(config.warm, when="never"))
+    config = replace(config, rollout=replace(config.rollout, max_context=8))
     trainer = start(config, tmp_path / "run")
     trainer.run()
     assert trainer.evals[0]["stop_reasons"] == {"context": 12}
     assert trainer.history[0]["truncated"] == 1.0
 
 
-def test_models_are_located(tmp_path, model_folder):  # noqa: F811
+def test_models_are_located(monkeypatch, model_folder):  # noqa: F811
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model, _ = load_model(model_folder, torch.float64)
     assert next(model.parameters()).dtype == torch.float64 and not model.training
     with pytest.raises(cli.UsageError, match="local cache"):

@@ -16,14 +16,14 @@ import torch
 
 from agents import checkpoint, cli, train
 from agents.cli import UsageError
-from agents.config import EvalConfig, SaveConfig
+from agents.config import EvalConfig, SaveConfig, WarmConfig
 from agents.display import Silent
 from agents.dist import World
 from agents.runfolder import RunFolder
 from agents.session import build
 from agents.trainer import Interrupted, Trainer
-from tests.agents.letters import SPEC
-from tests.agents.test_train import model_folder, own_cache, small, start  # noqa: F401  (fixtures)
+from tests.agents.letters import SHAPED
+from tests.agents.test_train import WARM, model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
 CLOCKS = {"seconds", "tokens_per_second"}
 """What the clock decides."""
@@ -69,8 +69,10 @@ def resume(config, path: Path) -> Trainer:
 
 @pytest.mark.parametrize("algo", ["grpo", "ppo", "dapo", "otc_grpo"])
 def test_resume_equals_going_on(model_folder, tmp_path, algo):  # noqa: F811
-    config = small(model_folder, algo=algo, steps=4, eval=EvalConfig(episodes=6, hard_episodes=0, every=1,
-                   every_episodes=4), save=SaveConfig(every=2, keep=9))  # fmt: skip
+    config = small(
+        model_folder, algo=algo, steps=4, warm=WARM if algo == "dapo" else WarmConfig(when="never"),
+        eval=EvalConfig(episodes=6, hard_episodes=0, every=1, every_episodes=4), save=SaveConfig(every=2, keep=9),
+    )  # fmt: skip
     start(config, tmp_path / "whole").run()
     begun = start(config, tmp_path / "halved")
     iterate = begun.iterate
@@ -89,6 +91,7 @@ def test_resume_equals_going_on(model_folder, tmp_path, algo):  # noqa: F811
     assert checkpoint.steps(tmp_path / "halved" / "checkpoints") == [0, 2]
     resume(config, tmp_path / "halved").run()
     assert_same_run(tmp_path / "whole", tmp_path / "halved")
+    assert max(m["grad_norm"] for m in begun.history) > 0, "nothing was learnt, so nothing was tested"
 
 
 def test_a_signal_leaves_a_checkpoint_of_this_very_step(model_folder, tmp_path):  # noqa: F811
@@ -115,7 +118,7 @@ def test_a_signal_leaves_a_checkpoint_of_this_very_step(model_folder, tmp_path):
 
 def arguments(model, run: Path, *more: str) -> list[str]:
     return [
-        "--env", SPEC, "--model", model, "--run", str(run), "--steps", "6", "--groups", "2", "--group-size", "3",
+        "--env", SHAPED, "--model", model, "--run", str(run), "--steps", "6", "--groups", "2", "--group-size", "3",
         "--train-tasks", "8", "--eval.episodes", "4", "--rollout.max-new-tokens", "3", "--warm.when", "never",
         "--save.every", "1", "--optim.lr", "0.01", *more,
     ]  # fmt: skip
@@ -202,6 +205,8 @@ def test_kill_9_and_resume_equal_the_uninterrupted_run(model_folder, tmp_path, s
     points = [(step, draw.random() * 0.2) for step in (0, 2, 3, 5)]
     kill_and_resume(model_folder, tmp_path / "killed", log, points)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    norms = [json.loads(x)["grad_norm"] for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert min(norms) > 0, "nothing was learnt, so nothing was tested"
 
 
 def test_killed_before_the_first_checkpoint_starts_again(model_folder, tmp_path):  # noqa: F811

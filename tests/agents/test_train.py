@@ -16,7 +16,7 @@ from agents.models import load_model
 from agents.runfolder import RunFolder
 from agents.session import build
 from agents.trainer import Trainer, save_config
-from tests.agents.letters import SPEC, save_model
+from tests.agents.letters import SHAPED, SPEC, save_model
 
 
 @pytest.fixture(scope="session")
@@ -29,13 +29,16 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PALAESTRA_CACHE", str(tmp_path / "cache"))
 
 
+WARM = WarmConfig(when="always", episodes=8, epochs=60, batch=8, lr=2e-2)
+
+
 def small(model_folder, **changes) -> TrainConfig:
     """A run of seconds."""
     config = TrainConfig(
-        env=SPEC, model=model_folder, steps=4, groups=3, group_size=4, train_tasks=8,
+        env=SHAPED, model=model_folder, steps=4, groups=3, group_size=4, train_tasks=8,
         optim=OptimConfig(lr=1e-2),
         rollout=RolloutConfig(max_new_tokens=3),
-        warm=WarmConfig(when="always", episodes=8, epochs=60, batch=8, lr=2e-2),
+        warm=WarmConfig(when="never"),
         eval=EvalConfig(episodes=12, hard_episodes=0),
         save=SaveConfig(every=2, keep=3),
     )  # fmt: skip
@@ -71,7 +74,8 @@ def test_a_run_leaves_what_it_promises(model_folder, tmp_path):
 
 
 def test_it_learns(model_folder, tmp_path):
-    config = small(model_folder, steps=25, group_size=16, save=SaveConfig(every=100))
+    save = SaveConfig(every=100, trajectories=0)
+    config = small(model_folder, env=SPEC, steps=20, group_size=16, warm=WARM, save=save)
     trainer = start(config, tmp_path / "run")
     trainer.run()
     success = [m["correct"] for m in trainer.history]
@@ -97,7 +101,7 @@ def test_float64_training_matches_its_sampler_to_nine_digits(model_folder, tmp_p
 
 
 def test_the_warm_start_is_kept_by_content(model_folder, tmp_path, monkeypatch):
-    config = small(model_folder)
+    config = small(model_folder, warm=replace(WARM, epochs=3))
     notes = []
     trained = []
     for seed_config in (config, config, replace(config, warm=replace(config.warm, lr=1e-2))):
@@ -133,7 +137,7 @@ def test_a_users_own_questions(model_folder, tmp_path):
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps({"question": f"number {i}?"}) + "\n" for i in range(40)))
     config = small(model_folder, env=f"jsonl:{file}", reward="tests.agents.test_train:reward_by_length", steps=1,
-                   train_tasks=2000, warm=WarmConfig(when="never"))  # fmt: skip
+                   train_tasks=2000)  # fmt: skip
     trainer = start(config, tmp_path / "run")
     assert trainer.session.tasks < 40, "the pool is what the file has"
     trainer.run()
