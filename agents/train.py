@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(config: TrainConfig, world: World) -> int:
+    from safetensors import SafetensorError
+
     from agents.display import choose
     from agents.session import build
     from agents.trainer import Interrupted, Trainer
@@ -99,6 +102,12 @@ def _run(config: TrainConfig, world: World) -> int:
             summary = trainer.run()
         except Interrupted as stop:
             return _interrupted(stop, folder, display)
+        except (OSError, SafetensorError) as error:  # a full disk, most likely; checkpoints are whole or absent
+            if folder is None:
+                raise
+            again = f"python -m {MODULE} --resume {folder.path}"
+            print(f"error: {error}\nwhen there is room again: {again}", file=sys.stderr)
+            return 1
         finally:
             if folder is not None:
                 folder.close()

@@ -102,7 +102,9 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, model_folder):  # 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     code = finish(pid, log)
-    assert code != 0 and "no checkpoint at step 2" in log.read_text()
+    assert code == 1 and "no checkpoint at step 2" in log.read_text()
+    assert f"when there is room again: python -m agents.train --resume {tmp_path / 'run'}" in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert "Older ones are untouched" in log.read_text()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [0, 1]
     same(final(tmp_path / "run"), before)
