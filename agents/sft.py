@@ -7,6 +7,7 @@ of the ledger, so a model trained here continues in `agents.train` without a sea
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,8 @@ from agents.models import DTYPES, export, is_tiny, load_model
 class SftConfig:
     """Imitate demonstrations: of an environment (--env) or from a file or run (--data)."""
 
-    out: str
-    """Folder of the resulting model (save_pretrained)."""
+    out: str | None = None
+    """Folder of the resulting model (save_pretrained), new or empty; none: a new one under `runs`."""
     model: str = "bundled"
     """Model to start from: bundled, a run or model folder, or a Hugging Face id."""
     env: str | None = None
@@ -74,14 +75,26 @@ def main(argv: Sequence[str]) -> int:
     if (config.env is None) == (config.data is None):
         raise UsageError("name what to imitate: either --env (its demonstrators) or --data (a run or a JSONL file)")
     with choose(0, plain=config.plain, silent=False) as display:
-        result = train(config, display)
-    print(f"held-out: {result['nll_before']:.4f} -> {result['nll_after']:.4f} nats per token   model: {config.out}")
+        result = train(config, display, out_folder(config))
+    print(f"held-out: {result['nll_before']:.4f} -> {result['nll_after']:.4f} nats per token")
+    print(f"model: {result['model']}")
     if config.json:
         print(json.dumps(result), flush=True)
     return 0
 
 
-def train(config: SftConfig, display: Display) -> dict[str, Any]:
+def out_folder(config: SftConfig) -> Path:
+    """Where the model goes; UsageError where something is there already."""
+    if config.out is not None:
+        path = Path(config.out)
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise UsageError(f"{path} exists and is not empty")
+        return path
+    source = config.env or Path(config.data or "data").stem
+    return Path("runs") / f"sft-{source.split(':')[-1].split('/')[-1]}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def train(config: SftConfig, display: Display, out: Path) -> dict[str, Any]:
     """Imitate and export; returns likelihoods and counts."""
     model, tokenizer = load_model(config.model, DTYPES[config.dtype])
     torch.set_num_threads(config.threads or (1 if is_tiny(model) else torch.get_num_threads()))
@@ -98,10 +111,10 @@ def train(config: SftConfig, display: Display) -> dict[str, Any]:
         progress=lambda step, steps, nll: display.progress("imitation", step, steps, f"{nll:.3f} nats/token"),
     )  # fmt: skip
     after = likelihood(learner, aside)
-    export(model, tokenizer, Path(config.out), [f"# {config.model} after imitation of {config.env or config.data}"])
+    export(model, tokenizer, out, [f"# {config.model} after imitation of {config.env or config.data}"])
     return {
         "nll_before": before, "nll_after": after, "nll_last": losses[-1], "conversations": len(kept),
-        "held_out": len(aside), "too_long": dropped, "steps": len(losses), "model": config.out,
+        "held_out": len(aside), "too_long": dropped, "steps": len(losses), "model": str(out),
     }  # fmt: skip
 
 

@@ -97,13 +97,12 @@ def test_the_rate_rises_then_falls_to_a_tenth():
     assert schedule(0, 1) == 1.0
 
 
-def config(model_folder, tmp_path, **more) -> SftConfig:
-    return SftConfig(out=str(tmp_path / "out"), model=model_folder, episodes=30, epochs=4, batch=8,
-                     optim=OptimConfig(lr=1e-2), **more)  # fmt: skip
+def config(model_folder, **more) -> SftConfig:
+    return SftConfig(model=model_folder, episodes=30, epochs=4, batch=8, optim=OptimConfig(lr=1e-2), **more)
 
 
 def test_from_an_environments_demonstrators(model_folder, tmp_path):
-    result = sft.train(config(model_folder, tmp_path, env=SPEC), Silent())
+    result = sft.train(config(model_folder, env=SPEC), Silent(), tmp_path / "out")
     assert result["nll_after"] < result["nll_before"] - 1
     assert (result["conversations"], result["held_out"]) == (27, 3)
     (model, tokenizer), (old, _) = load_model(str(tmp_path / "out")), load_model(model_folder)
@@ -132,7 +131,7 @@ def test_from_json_lines_with_structured_calls(model_folder, tmp_path):
     (talk, *rest) = sft.read(file)
     assert len(rest) == 3
     assert talk.messages[1]["content"] == '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
-    result = sft.train(config(model_folder, tmp_path, data=str(file)), Silent())
+    result = sft.train(config(model_folder, data=str(file)), Silent(), tmp_path / "out")
     assert result["nll_after"] < result["nll_before"]
 
 
@@ -166,9 +165,19 @@ def test_too_long_ones_are_counted_and_too_few_refused(model_folder, tmp_path):
     kept, dropped = fitting(ledgers, len(ledgers[0]))
     assert kept == ledgers[:1] and dropped == 1
     with pytest.raises(UsageError, match="0 usable conversations"):
-        sft.train(config(model_folder, tmp_path, env=SPEC, max_context=3), Silent())
+        sft.train(config(model_folder, env=SPEC, max_context=3), Silent(), tmp_path / "out")
     with pytest.raises(UsageError, match="either --env"):
         sft.main(["--out", str(tmp_path / "x")])
+
+
+def test_the_command_writes_a_model_and_overwrites_none(model_folder, tmp_path, capsys):
+    argv = ["--env", SPEC, "--model", model_folder, "--out", str(tmp_path / "out"), "--episodes", "8", "--json"]
+    assert sft.main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["model"] == str(tmp_path / "out") and load_model(result["model"])
+    with pytest.raises(UsageError, match="not empty"):
+        sft.main(argv)
+    assert str(sft.out_folder(SftConfig(env="a.b:C"))).startswith("runs/sft-C-")
 
 
 def test_the_cache_key_is_the_content(model_folder):
