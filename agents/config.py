@@ -32,7 +32,7 @@ class WarmConfig:
 
     when: Literal["auto", "always", "never"] = "auto"
     """auto: the bundled model on an environment with demonstrators."""
-    episodes: int = 500
+    episodes: int = 400
     """Demonstrations at most; each is of another training task."""
     epochs: int = 2
     """Passes over them."""
