@@ -22,7 +22,9 @@ from agents.forward import Convention
 from agents.learner import LMLearner
 from agents.models import DTYPES, is_tiny, load_model
 from agents.rollout import Limits, MakeEnv
+from policy_opt.errors import RecipeError
 from policy_opt.loop import Loop, RunSize
+from policy_opt.protocols import Sampler
 from policy_opt.recipe import Recipe
 
 
@@ -98,6 +100,11 @@ def build(config: TrainConfig, world: World) -> Session:
     recipe = policy_opt.get(config.algo)
     recipe = recipe.set(*config.set) if config.set else recipe
     recipe.check()
+    if recipe.sampler != Sampler():
+        raise RecipeError(
+            f"{recipe.slug}: a recipe's own sampler ({recipe.sampler}) is not served by the language-model actor; "
+            f"set the temperature of sampler and trainer with --rollout.temperature"
+        )
     refuse_truncated(config.rollout.top_k, config.rollout.top_p, config.rollout.temperature)
     make_env = env_maker(config.env, env_arguments(config))
     tasks, lowest = env_facts(make_env, config.train_tasks)
