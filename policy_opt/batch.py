@@ -197,7 +197,9 @@ class Batch:
         if cols:
             changes["cols"] = {**self.cols, **cols}
         if units:
-            changes |= {"units": {**self.units, **units}, "cache": {}}
+            changes["units"] = {**self.units, **units}
+        if units or columns.keys() & self.cache.keys():
+            changes["cache"] = {}
         return self._like(**changes)
 
     def _like(self, **changes: Any) -> Batch:

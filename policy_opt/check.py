@@ -90,9 +90,7 @@ class _Flow:
     def part(self, path: str, part: Part) -> None:
         for name in part.reads:
             self.reads(path, name)
-        for name in part.facts:
-            if self.facts is not None and name not in self.writer:
-                raise self.fail(f"{path} reads the fact `{name}`, which the environment does not deliver")
+        self.deliver(path, part)
         for name in part.writes:
             self.write(path, name)
         replaced = {self.find(path, name) if is_stem(name) else name for name in part.overwrites}
@@ -101,6 +99,11 @@ class _Flow:
             self.read.discard(name)
         if part.writes or replaced:
             self.written[path] = part.writes | replaced
+
+    def deliver(self, path: str, part: Part) -> None:
+        for name in part.facts:
+            if self.facts is not None and name not in self.writer:
+                raise self.fail(f"{path} reads the fact `{name}`, which the environment does not deliver")
 
     def write(self, path: str, name: str) -> None:
         if name in self.writer:
@@ -139,10 +142,15 @@ class _Flow:
         path = f"terms.{term.name}"
         for name in term.reads:
             self.reads(path, name)
+        self.deliver(path, term.loss)
         for stem in term.weights:
             self.read |= {f"{stem}_B", f"{stem}_BT"} & self.writer.keys()
             if f"{stem}_BT" in self.writer and term.loss.gives != "BT":
                 unit = "row" if term.loss.gives else "batch"
                 raise self.fail(
                     f"{path} has one loss per {unit}, so {self.writer[f'{stem}_BT']} cannot weight its tokens"
+                )
+            if f"{stem}_B" in self.writer and term.loss.gives == "":
+                raise self.fail(
+                    f"{path} has one loss per batch, so {self.writer[f'{stem}_B']} cannot weight its rows"
                 )

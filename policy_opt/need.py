@@ -140,5 +140,7 @@ LOGP_OLD = Need("logp_old_BT", LogProb())
 """Log-probs under the policy that stood at the start of the iteration."""
 LOGP_REF = Need("logp_ref_BT", LogProb(), model="ref")
 ENTROPY = Need("entropy_BT", Entropy(), when="loss")
+ENTROPY_OLD = Need("entropy_old_BT", Entropy())
+"""Entropies under the policy that stood at the start of the iteration: a constant."""
 VALUES = Need("values_BT", Value(), model="critic", when="loss")
 VALUES_OLD = Need("values_old_BT", Value(), model="critic")

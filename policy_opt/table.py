@@ -174,9 +174,9 @@ class TableLearner:
         if isinstance(what, Entropy):
             return -(logp_BTV.exp() * logp_BTV).sum(-1)
         if isinstance(what, TopKLogProb):
-            return logp_BTV.topk(what.k).values
+            return logp_BTV.topk(min(what.k, self.world.vocab)).values
         if isinstance(what, TopKIds):
-            return logp_BTV.topk(what.k).indices
+            return logp_BTV.topk(min(what.k, self.world.vocab)).indices
         if isinstance(what, KLTo):
             other_BTV = self.look(what.model, b, need.view).log_softmax(-1)
             return (logp_BTV.exp() * (logp_BTV - other_BTV)).sum(-1)
@@ -202,7 +202,7 @@ class TableLearner:
 class TableActor:
     """Plays episodes with the learner's table."""
 
-    columns = frozenset({"tool_calls_B", "hint_B", "finished_B"})
+    columns = frozenset({"level_B", "tool_calls_B", "hint_B", "finished_B"})
     """Facts it delivers besides the standard columns."""
 
     def __init__(self, world: World, learner: TableLearner, answers: Mapping[str, str] | None = None) -> None:
@@ -266,6 +266,7 @@ class TableActor:
             truncated_B=torch.zeros_like(correct_B),
             finished_B=torch.ones_like(correct_B),
             tool_calls_B=calls_B,
+            level_B=b["task_B"] % 2,
             version_BT=torch.full_like(b.tokens_BT, self.learner.version),
         )
 

@@ -6,6 +6,7 @@ the recipe's own parts and its loss, and reads off what they gave.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError, unknown
+from policy_opt.metrics import of_step
 from policy_opt.part import Ctx, Part, run
 from policy_opt.terms import Loss, reports
 
@@ -53,6 +55,8 @@ class Vectors:
     """Outputs beside, or instead of, the usual ones."""
     stages: tuple[str, ...] = ("reward", "advantage", "credit")
     """Stages that are run."""
+    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Inputs of this file that fill columns beside the usual ones; whole numbers stay whole."""
     prime: Callable[[Trace], None] | None = None
     """Puts a case's stored state where the recipe keeps it."""
 
@@ -122,6 +126,10 @@ class Trace:
                     columns[column] = torch.tensor([self.ids.index(g) for g in value])
                 else:
                     columns[column] = torch.tensor(value, dtype=torch.float64)
+        for name, own in (self.recipe.vectors or Vectors()).columns.items():
+            if self.inputs.get(name) is not None:
+                given = torch.tensor(self.inputs[name])
+                columns |= dict.fromkeys(own, given.double() if given.is_floating_point() else given)
         rows = len(next(iter(columns.values())))
         columns.setdefault("mask_BT", torch.ones(rows, 1))
         columns.setdefault("group_B", torch.zeros(rows, dtype=torch.long))
@@ -155,6 +163,16 @@ class Trace:
             return torch.zeros(()), {}
         alone = (dataclasses.replace(term, coef=1.0),)
         return Loss.of(alone, self.batch, self.ctx, torch.float64).cotangents(self.streams, self.batch)
+
+    def stepped(self) -> Ctx:
+        """The context after one optimizer step on this case, as `after_step` of the parts leaves it."""
+        ctx = dataclasses.replace(self.ctx, states=copy.deepcopy(self.ctx.states), metrics={})
+        loss = Loss.of(self.recipe.terms, self.batch, ctx, torch.float64)
+        none_BT = torch.zeros_like(self.batch.logp_sampler_BT)
+        ctx.step_metrics = of_step(loss, {"entropy_BT": none_BT, **self.streams}, self.batch)
+        for _, part in self.recipe.parts:
+            part.after_step(self.batch, ctx)
+        return ctx
 
     def report(self, name: str, term: str = "") -> Tensor:
         """What a surrogate reports of itself: [B, T] with 0 outside the mask, or [B]. term: one that may be

@@ -13,6 +13,7 @@ from policy_opt.schedule import Schedule, Step
 
 STREAM_OF = {"logp_BT": "logp_new", "values_BT": "values_new", "entropy_BT": "entropy"}
 COLUMN_OF = {"logp_old_BT": "logp_old", "logp_ref_BT": "logp_ref", "values_old_BT": "values_old"}
+COLUMN_OF |= {"entropy_old_BT": "entropy"}
 
 
 class FixedActor:
@@ -97,6 +98,7 @@ def batch(
         "length_B": mask_BT.sum(1),
         "truncated_B": torch.zeros_like(reward_B),
         "tool_calls_B": torch.arange(len(rewards)) % 4,
+        "level_B": torch.tensor(groups) % 2,
         "real_BT": torch.ones_like(mask_BT),
         "logp_sampler_BT": torch.zeros(mask_BT.shape, dtype=torch.float64),
     }
