@@ -48,6 +48,9 @@ class Loop:
 
     def __init__(self, recipe: Recipe, actor: Actor, learner: Learner, size: RunSize) -> None:
         recipe.check(getattr(actor, "columns", None))
+        unserved = recipe.hooks - getattr(actor, "hooks", frozenset())
+        if unserved:
+            raise RecipeError(f"{recipe.slug}: the actor has no sampler rule `{min(unserved)}`")
         self.recipe, self.actor, self.learner, self.size = recipe, actor, learner, size
         self.step = 0
         self.next_group = 0
@@ -127,6 +130,8 @@ class Loop:
     def jobs(self, recipe: Recipe, groups: int, ctx: Ctx) -> list[Job]:
         """Episodes to play for so many groups: unfinished ones go on, the rest are new tasks."""
         curriculum, sampler, split = recipe.curriculum, recipe.sampler, self.size.split
+        for _, part in recipe.parts:
+            sampler = part.sampling(sampler, ctx)
         size = self.size.group_size + curriculum.extra
         jobs = [Job(*ids, split, resume=True, sampler=sampler) for ids in curriculum.unfinished(ctx)]
         fresh = max(groups - -(-len(jobs) // size), 0)

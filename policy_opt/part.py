@@ -20,7 +20,7 @@ from policy_opt.errors import BatchError
 from policy_opt.need import Need
 
 if TYPE_CHECKING:
-    from policy_opt.protocols import Actor, Learner
+    from policy_opt.protocols import Actor, Learner, Sampler
 
 
 class Part:
@@ -72,6 +72,15 @@ class Part:
     def models(self) -> Mapping[str, ModelSpec]:
         """Models of the bank that its needs name."""
         return {}
+
+    @property
+    def hook(self) -> str | None:
+        """Name of the sampler's rule that its `sampling` turns on; see `policy_opt.sampling`."""
+        return None
+
+    def sampling(self, sampler: Sampler, ctx: Ctx) -> Sampler:
+        """Called before every rollout: how its tokens are drawn, e.g. with options from the part's state."""
+        return sampler
 
     def check(self) -> None:
         """ValueError where its options contradict each other; called by the recipe's check."""

@@ -6,7 +6,7 @@ as can be, and is the place to look for what each call must do."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -23,7 +23,14 @@ class Sampler:
     temperature: float = 1.0
     """Softmax temperature, used by sampler and trainer alike."""
     hook: str | None = None
-    """Name of a per-step temperature rule that the engine knows, or `module:function`."""
+    """Name of a rule in `policy_opt.sampling.RULES` that sets every token's temperature; None: the plain one."""
+    options: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the rule takes, e.g. statistics of the last batch. A part of the recipe updates them before
+    every rollout (`Part.sampling`); empty (the first iteration): the plain temperature.
+
+    Log-probs that the sampler records are those at the plain temperature, also under a hook: the trainer
+    scores at it, and the importance ratio does not contain the rule.
+    """
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,11 @@ class JudgeFailure:
 
 
 class Actor(Protocol):
-    """Plays episodes. Failures of an episode are rows with a stop reason, not exceptions."""
+    """Plays episodes. Failures of an episode are rows with a stop reason, not exceptions.
+
+    Two attributes are optional: `columns`, the facts that it delivers beside the standard columns, and
+    `hooks`, the names of the sampler rules (`Sampler.hook`) that it serves; without it, none.
+    """
 
     def play(self, jobs: Sequence[Job]) -> Batch:
         """One row per job (or per segment of it), in the order of the jobs.

@@ -146,6 +146,14 @@ class Recipe:
         return {**found, **self.bank}
 
     @property
+    def hooks(self) -> frozenset[str]:
+        """Sampler rules that the actor must serve: see `policy_opt.sampling`."""
+        if self.phases:
+            return frozenset(name for phase in self.phases for name in phase.recipe.hooks)
+        named = (self.sampler.hook, *(part.hook for _, part in self.parts))
+        return frozenset(name for name in named if name is not None)
+
+    @property
     def privileged(self) -> bool:
         """Does the policy or a view of it see text that the task does not show?"""
         if self.phases:

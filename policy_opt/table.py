@@ -33,7 +33,8 @@ from policy_opt.need import (
     View,
 )
 from policy_opt.part import Ctx
-from policy_opt.protocols import Ask, Job, JudgeFailure, Pull
+from policy_opt.protocols import Ask, Job, JudgeFailure, Pull, Sampler
+from policy_opt.sampling import RULES, temperatures
 
 _SAME = Same()
 
@@ -204,6 +205,8 @@ class TableActor:
 
     columns = frozenset({"level_B", "tool_calls_B", "hint_B", "finished_B"})
     """Facts it delivers besides the standard columns."""
+    hooks = frozenset(RULES)
+    """Sampler rules that it serves."""
 
     def __init__(self, world: World, learner: TableLearner, answers: Mapping[str, str] | None = None) -> None:
         self.world, self.learner, self.answers = world, learner, answers or {}
@@ -226,15 +229,25 @@ class TableActor:
             hint_B=torch.tensor([float(job.hint or 0.0) for job in jobs], dtype=learner.dtype),
         )
         with torch.no_grad():
+            logits_BTV = learner.look("policy", blank)
             warm_B = torch.tensor([job.sampler.temperature if job.sampler else 1.0 for job in jobs])
-            logp_BTV = (learner.look("policy", blank) / warm_B[:, None, None]).log_softmax(-1)
+            logp_BTV = (logits_BTV / warm_B[:, None, None]).log_softmax(-1)
+            p_BTV = (logits_BTV / self.warmth(jobs, logits_BTV)[..., None]).softmax(-1)
         draw_BT = torch.stack([torch.rand(world.width, generator=self.stream(job)) for job in jobs])
-        tokens_BT = (logp_BTV.exp().cumsum(-1) < draw_BT[..., None]).sum(-1).clamp(max=world.vocab - 1)
+        tokens_BT = (p_BTV.cumsum(-1) < draw_BT[..., None]).sum(-1).clamp(max=world.vocab - 1)
         tokens_BT = self.given(jobs, tokens_BT, world.truth_BT(task_B))
         for job, tokens_T in zip(jobs, tokens_BT, strict=True):
             self.played[job.group, job.member] = tokens_T
         logp_BT = logp_BTV.gather(-1, tokens_BT[..., None]).squeeze(-1) * mask_BT
         return self.graded(blank.over(tokens_BT=tokens_BT, logp_sampler_BT=logp_BT))
+
+    def warmth(self, jobs: Sequence[Job], logits_BTV: Tensor) -> Tensor:
+        """Temperature that each token is drawn at; jobs of one sampler at once: [B, T]."""
+        found_BT = torch.empty_like(logits_BTV[..., 0])
+        for sampler in {id(job.sampler): job.sampler for job in jobs}.values():
+            here_B = torch.tensor([job.sampler is sampler for job in jobs])
+            found_BT[here_B] = temperatures(sampler or Sampler(), logits_BTV[here_B])
+        return found_BT
 
     def stream(self, job: Job) -> torch.Generator:
         """One generator per episode; an edited one is another episode."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from policy_opt import Batch, Job, Loop, ModelSpec, Need, Optim, Recipe, RunSize
 from policy_opt.protocols import Pull
+from policy_opt.sampling import RULES
 from policy_opt.schedule import Schedule, Step
 
 STREAM_OF = {"logp_BT": "logp_new", "values_BT": "values_new", "entropy_BT": "entropy"}
@@ -22,6 +23,7 @@ class FixedActor:
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
         self.columns = batch.columns
+        self.hooks = frozenset(RULES)
         self.jobs: list[Sequence[Job]] = []
 
     def play(self, jobs: Sequence[Job]) -> Batch:
