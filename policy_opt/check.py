@@ -12,7 +12,7 @@ from collections.abc import Collection
 from policy_opt.batch import CORE, UNITS, is_stem, spellings
 from policy_opt.errors import RecipeError
 from policy_opt.need import SHAPE, Need
-from policy_opt.part import Part
+from policy_opt.part import Part, walk
 from policy_opt.recipe import STAGES, Recipe
 from policy_opt.terms import Term
 
@@ -53,7 +53,9 @@ class _Flow:
                 raise self.fail(f"{path}: {error}") from None
         for need in recipe.needs:
             self.need(need)
-        staged = [(path, part) for path, part in recipe.parts if part.stage in STAGES]
+        # A part inside another is called by that one, which declares what both read and write.
+        inner = {id(p) for s in STAGES for x in getattr(recipe, s) for _, p in walk(x, s) if p is not x}
+        staged = [(path, p) for path, p in recipe.parts if p.stage in STAGES and id(p) not in inner]
         others = [
             (path, part) for path, part in recipe.parts if part.stage in ("curriculum", "accept", "order")
         ]

@@ -39,15 +39,20 @@ ROOTS = (*LISTS, "curriculum", "sampler", "schedule", "optimizer", "bank")
 _PART_FIELDS = {
     "agg": "agg",
     "coef": "coef",
+    "gate": "gate",
     "accept": "accept",
     "order": "order",
     "source": "source",
     "loss": "surrogate",
     "optimizer": "optimizer",
     "curriculum": "curriculum",
+    "kappa": "kappa",
+    "direction": "optimizer",
 }
 """Fields that hold a part of that stage."""
-_PLAIN: dict[str, Any] = {"coef": float, "accept": None, "optimizer": None}
+_SEQUENCES = {"steps": "step", "terms": "terms", "each": "advantage"}
+"""Fields that hold several parts of that stage."""
+_PLAIN: dict[str, Any] = {"coef": float, "accept": None, "optimizer": None, "kappa": None}
 """What such a field takes besides a part."""
 _SPEC = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(\+=|-=|=)\s*(.+?)\s*", re.DOTALL)
 
@@ -250,6 +255,9 @@ def _dotted(node: ast.AST) -> str | None:
 
 def _value(node: ast.AST, hint: Any, stage: str | None, path: str) -> Any:
     """A part where the field holds one, a bare word where text is expected, or a literal that fits."""
+    field = path.rpartition(".")[2]
+    if field in _SEQUENCES and any(isinstance(n, ast.Name | ast.Call) for n in ast.walk(node)):
+        return _sequence(_SEQUENCES[field], node)
     if stage and (isinstance(node, ast.Call) or _dotted(node) not in (None, "None", "none")):
         return _part(stage, node)
     if stage:

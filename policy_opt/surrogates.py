@@ -75,6 +75,8 @@ class Clip(Part):
     """Width above 1; larger than clip_low is DAPO's clip-higher."""
     dual_clip: float | None = None
     """c > 1: where A < 0 the loss is at most -c A. None: off."""
+    by: str = "adv"
+    """Stem of the advantage, for a loss with several of them."""
 
     def __post_init__(self) -> None:
         check_widths(self.clip_low, self.clip_high)
@@ -82,17 +84,20 @@ class Clip(Part):
             raise ValueError(f"dual_clip must be above 1 (or None), not {self.dual_clip}")
 
     needs = LOGP, LOGP_OLD
-    reads = frozenset({"adv"})
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({self.by})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
+        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token(self.by)
         loss_BT = clipped(rho_BT, adv_BT, self.clip_low, self.clip_high)
         if self.dual_clip is None:
             return loss_BT
         return torch.where(adv_BT < 0, torch.minimum(loss_BT, -self.dual_clip * adv_BT), loss_BT)
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
-        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
+        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token(self.by)
         found = {"ratio": rho_BT, "clip_frac": outside(rho_BT, adv_BT, self.clip_low, self.clip_high)}
         if self.dual_clip is not None:
             loss_BT = clipped(rho_BT, adv_BT, self.clip_low, self.clip_high)

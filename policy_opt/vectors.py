@@ -18,9 +18,9 @@ from torch import Tensor
 
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError, unknown
-from policy_opt.metrics import of_step
+from policy_opt.metrics import of_rollout, of_step
 from policy_opt.part import Ctx, Part, run
-from policy_opt.terms import Loss, reports
+from policy_opt.terms import Loss, masked, reports
 
 if TYPE_CHECKING:
     from policy_opt.recipe import Recipe
@@ -55,17 +55,23 @@ class Vectors:
     """Outputs beside, or instead of, the usual ones."""
     stages: tuple[str, ...] = ("reward", "advantage", "credit")
     """Stages that are run."""
-    columns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Inputs of this file that fill columns beside the usual ones; whole numbers stay whole."""
+    columns: Mapping[str, tuple[str, ...] | Callable[[Any], Mapping[str, Tensor]]] = field(default_factory=dict)
+    """Inputs of this file that fill columns beside the usual ones: their names (whole numbers stay whole), or a
+    function of the input."""
+    adapt: Callable[[Recipe, Mapping[str, Any]], Recipe] | None = None
+    """Options that a case's inputs decide, not its params."""
+    arrange: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    """The inputs with rows that are trajectories, where the file has another layout: values are only moved."""
     prime: Callable[[Trace], None] | None = None
     """Puts a case's stored state where the recipe keeps it."""
 
 
 def aggregation(recipe: Recipe, name: str) -> Recipe:
     """The param loss_agg: every term's aggregation, by its usual name."""
-    from policy_opt.aggregate import SequenceMean, TokenMean
+    from policy_opt.aggregate import SequenceMean, SequenceSum, TokenMean
 
     known: dict[str, Any] = {"seq-mean-token-mean": SequenceMean(), "token-mean": TokenMean()}
+    known["seq-mean-token-sum"] = SequenceSum()
     if name not in known:
         raise RecipeError(f"{recipe.slug}: loss_agg {name!r} is none of {', '.join(known)}")
     return recipe.replace(terms=tuple(dataclasses.replace(term, agg=known[name]) for term in recipe.terms))
@@ -96,6 +102,10 @@ class Trace:
 
     def __init__(self, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
         vectors = recipe.vectors or Vectors()
+        if vectors.adapt:
+            recipe = vectors.adapt(recipe, inputs)
+        self.given = inputs
+        inputs = vectors.arrange(inputs) if vectors.arrange else inputs
         self.recipe, self.inputs = recipe, inputs
         self.ids = list(dict.fromkeys(inputs.get("group", [0])))
         self.ctx = Ctx(recipe=recipe.slug, paths={id(part): path for path, part in recipe.parts})
@@ -108,6 +118,10 @@ class Trace:
             vectors.prime(self)
         self.after_part: list[tuple[Part, Batch]] = []
         self.batch = self.start()
+        if "reward_B" in self.batch:
+            self.ctx.metrics |= of_rollout(self.batch)
+        for _, part in recipe.parts:
+            part.played(self.batch, self.ctx)
         for stage in vectors.stages:
             for i, part in enumerate(getattr(recipe, stage)):
                 self.batch = run(f"{stage}.{i}", part, self.batch, self.ctx)
@@ -127,7 +141,11 @@ class Trace:
                 else:
                     columns[column] = torch.tensor(value, dtype=torch.float64)
         for name, own in (self.recipe.vectors or Vectors()).columns.items():
-            if self.inputs.get(name) is not None:
+            if self.inputs.get(name) is None:
+                continue
+            if callable(own):
+                columns |= own(self.inputs[name])
+            else:
                 given = torch.tensor(self.inputs[name])
                 columns |= dict.fromkeys(own, given.double() if given.is_floating_point() else given)
         rows = len(next(iter(columns.values())))
@@ -169,10 +187,17 @@ class Trace:
         ctx = dataclasses.replace(self.ctx, states=copy.deepcopy(self.ctx.states), metrics={})
         loss = Loss.of(self.recipe.terms, self.batch, ctx, torch.float64)
         none_BT = torch.zeros_like(self.batch.logp_sampler_BT)
-        ctx.step_metrics = of_step(loss, {"entropy_BT": none_BT, **self.streams}, self.batch)
+        streams = {"entropy_BT": none_BT, **self.streams}
+        ctx.step_reports = reports(loss.terms, streams, self.batch)
+        ctx.step_metrics = of_step(loss, streams, self.batch, ctx.step_reports)
         for _, part in self.recipe.parts:
             part.after_step(self.batch, ctx)
         return ctx
+
+    @property
+    def clean(self) -> dict[str, Tensor]:
+        """The streams as surrogates see them: 0 outside the mask."""
+        return {name: masked(value, self.batch) for name, value in self.streams.items()}
 
     def report(self, name: str, term: str = "") -> Tensor:
         """What a surrogate reports of itself: [B, T] with 0 outside the mask, or [B]. term: one that may be
