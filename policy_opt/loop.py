@@ -23,6 +23,7 @@ from policy_opt.recipe import STAGES, Recipe
 from policy_opt.schedule import Fresh
 from policy_opt.state import decode, encode
 from policy_opt.step import Known, check_finite, optimize, score
+from policy_opt.terms import reports
 
 __all__ = ["Actor", "Job", "Learner", "Loop", "RunSize"]
 
@@ -96,6 +97,7 @@ class Loop:
         ctx = Ctx(
             step=self.step,
             seed=self.size.seed,
+            version=self.learner.version,
             tasks=self.size.tasks,
             recipe=recipe.slug,
             lr=self.learner.lr,
@@ -122,6 +124,8 @@ class Loop:
                 break
         everything = concat(played)
         ctx.metrics |= metrics.of_rollout(everything)
+        for _, part in recipe.parts:
+            part.played(everything, ctx)
         ctx.log("groups_rejected", everything.index()[1] - sum(b.index()[1] for b in kept))
         ctx.log("rollout_rounds", len(played))
         # With nothing accepted there is nothing to learn: the last rollout stands for it, with an empty mask.
@@ -176,7 +180,9 @@ class Loop:
                 taken = optimize(terms, timely, some, ctx, known, step.lr_scale)
                 if unmoved and "logp_BT" in taken.streams:
                     gap = max(gap, metrics.logp_gap(taken.streams["logp_BT"], taken.batch))
-                steps.append({**taken.numbers, **metrics.of_step(taken.loss, taken.streams, taken.batch)})
+                ctx.step_reports = reports(taken.loss.terms, taken.streams, taken.batch)
+                numbers = metrics.of_step(taken.loss, taken.streams, taken.batch, ctx.step_reports)
+                steps.append({**taken.numbers, **numbers})
                 self.after_step(recipe, taken.batch, steps[-1], ctx)
                 if known.deferred:
                     fresh = taken.batch

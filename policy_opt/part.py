@@ -88,6 +88,9 @@ class Part:
     def after_step(self, b: Batch, ctx: Ctx) -> None:
         """Called after every optimizer step with that step's mini-batch and streams."""
 
+    def played(self, b: Batch, ctx: Ctx) -> None:
+        """Called once an iteration, before anything is learned, with all that was played: rejected groups too."""
+
     def observe(self, b: Batch, ctx: Ctx) -> None:
         """Called once at the end of every iteration with the whole batch: the place to write state."""
 
@@ -112,6 +115,8 @@ class Ctx:
     """Iteration, from 0."""
     seed: int = 0
     """Seed of the run."""
+    version: int = 0
+    """Policy version (optimizer steps taken) when the iteration began: that of its fresh tokens."""
     tasks: int = 0
     """Size of the pool of tasks."""
     recipe: str = "?"
@@ -128,6 +133,8 @@ class Ctx:
     """Numbers of this iteration."""
     step_metrics: dict[str, float] = field(default_factory=dict)
     """Numbers of the optimizer step just taken, for `after_step`."""
+    step_reports: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the surrogates said of that step, per token, row or pair, for `after_step`."""
 
     def generator(self, purpose: str, *ids: int) -> torch.Generator:
         """A random stream of its own, a function of (run seed, purpose, ids) only."""

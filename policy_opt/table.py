@@ -101,8 +101,9 @@ class TableLearner:
         for need in needs:
             if isinstance(need.view, Probe):
                 raise RecipeError(f"need `{need.name}`: a softmax table has no text to append a probe to")
+        named = [("policy", self.tables["policy"])]
         self.optimizers.setdefault(
-            "policy", (optimizer or self.optim).build([self.tables["policy"]], self.lr)
+            "policy", (optimizer or self.optim).build(named, self.lr, self.world.seed)
         )
         for name, spec in models.items():
             if name in self.tables:
@@ -111,7 +112,7 @@ class TableLearner:
             table = policy[..., 0].clone().zero_() if spec.role == "critic" else policy.clone()
             self.tables[name] = table.requires_grad_(spec.optimizer is not None)
             if spec.optimizer is not None:
-                self.optimizers[name] = spec.optimizer.build([table], self.lr)
+                self.optimizers[name] = spec.optimizer.build([(name, table)], self.lr, self.world.seed)
 
     def score(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         """Whole batch, no gradient."""
@@ -158,13 +159,16 @@ class TableLearner:
 
     def quantity(self, need: Need, b: Batch) -> Tensor:
         """A need for the rows of b, 0 outside the mask."""
-        tokens_BT = b.tokens_BT.roll(need.view.shift, 0) if isinstance(need.view, Mismatched) else b.tokens_BT
+        tokens_BT, mask_BT = b.tokens_BT, b.mask_BT
+        if isinstance(need.view, Mismatched):
+            other_B = b.mismatched(need.view.shift)
+            tokens_BT, mask_BT = tokens_BT[other_B], mask_BT[other_B]
         if isinstance(need.what, Value):
             found = self.look(need.model, b, need.view)
         else:
             logp_BTV = self.look(need.model, b, need.view).log_softmax(-1)
             found = self.functional(need, logp_BTV, tokens_BT, b)
-        mask = b.mask_BT if found.ndim == 2 else b.mask_BT[..., None]
+        mask = mask_BT if found.ndim == 2 else mask_BT[..., None]
         return torch.where(mask, found, found.new_zeros(()))
 
     def functional(self, need: Need, logp_BTV: Tensor, tokens_BT: Tensor, b: Batch) -> Tensor:
@@ -203,7 +207,7 @@ class TableLearner:
 class TableActor:
     """Plays episodes with the learner's table."""
 
-    columns = frozenset({"level_B", "tool_calls_B", "hint_B", "finished_B"})
+    columns = frozenset({"level_B", "tool_calls_B", "hint_B", "finished_B", "first_call_B", "proximity_B"})
     """Facts it delivers besides the standard columns."""
     hooks = frozenset(RULES)
     """Sampler rules that it serves."""
@@ -270,15 +274,19 @@ class TableActor:
         last_BT = b.mask_BT & (b["turn_BT"] == self.world.turns - 1)
         right_BT = b.tokens_BT == self.world.truth_BT(b["task_B"])
         correct_B = (right_BT | ~last_BT).all(1).to(self.learner.dtype)
-        calls_B = (b.mask_BT & ~last_BT & (b.tokens_BT == 0)).sum(1)
+        call_BT = b.mask_BT & ~last_BT & (b.tokens_BT == 0)
+        before_B = (b.mask_BT & (call_BT.cumsum(1) == 0)).sum(1)
+        near_B = (right_BT & last_BT).sum(1) / last_BT.sum(1)
         return b.over(
             reward_B=correct_B,
             correct_B=correct_B,
-            scores_BK=torch.stack([correct_B, (right_BT & last_BT).sum(1) / last_BT.sum(1)], 1),
+            scores_BK=torch.stack([correct_B, near_B], 1),
+            proximity_B=near_B,
             length_B=b.mask_BT.sum(1),
             truncated_B=torch.zeros_like(correct_B),
             finished_B=torch.ones_like(correct_B),
-            tool_calls_B=calls_B,
+            tool_calls_B=call_BT.sum(1),
+            first_call_B=torch.where(call_BT.any(1), before_B, -1),
             level_B=b["task_B"] % 2,
             version_BT=torch.full_like(b.tokens_BT, self.learner.version),
         )

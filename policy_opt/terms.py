@@ -122,12 +122,20 @@ class Loss:
     factors: tuple[float, ...]
     batch: Batch
     coefs: Coefs
+    live: tuple[bool, ...]
+    """Has the term any weight here? One without (no critic's targets yet, say) gives its model no gradient, so
+    that no optimizer moves on momentum alone."""
 
     @classmethod
     def of(cls, terms: Sequence[Term], b: Batch, ctx: Ctx, dtype: torch.dtype) -> Loss:
         """Fix coefficients and controllers for a mini-batch."""
         terms = tuple(t for t in terms if t.on)
-        return cls(terms, tuple(t.factor(ctx) for t in terms), b, [t.coefficients(b, dtype) for t in terms])
+        coefs = [t.coefficients(b, dtype) for t in terms]
+        live = tuple(
+            t.loss.gives == "" or bool((c_BT if t.loss.gives == "BT" else c_B).any())
+            for t, (c_BT, c_B) in zip(terms, coefs, strict=True)
+        )
+        return cls(terms, tuple(t.factor(ctx) for t in terms), b, coefs, live)
 
     @property
     def per_row(self) -> bool:
@@ -138,7 +146,8 @@ class Loss:
         """Each term's value without coef: over all rows, or the share of rows_R in it (b: those rows)."""
         coefs = self.coefs if rows_R is None else [(c_BT[rows_R], c_B[rows_R]) for c_BT, c_B in self.coefs]
         clean = {name: masked(value, b) for name, value in s.items()}
-        return [t.value(clean, b, c) for t, c in zip(self.terms, coefs, strict=True)]
+        values = [t.value(clean, b, c) for t, c in zip(self.terms, coefs, strict=True)]
+        return [value if live else value.detach() for value, live in zip(values, self.live, strict=True)]
 
     def cotangents(
         self, s: Streams, b: Batch, rows_R: Tensor | None = None
