@@ -1,9 +1,9 @@
 """Batch: trajectories as tensors and named columns.
 
 The suffix of a name is its shape: `reward_B` [rows], `adv_BT` [rows, tokens], `scores_BK` [rows, scores]. B
-and T are this batch's sizes, a digit is that very size, any other letter is free. Entry t of a per-token
-tensor speaks of token t. Shapes are checked on entry, nothing is broadcast silently, and writing over a
-column must be said."""
+and T are this batch's sizes, P the number of its pairs, a digit is that very size, any other letter is free.
+Entry t of a per-token tensor speaks of token t. Shapes are checked on entry, nothing is broadcast silently,
+and writing over a column must be said."""
 
 from __future__ import annotations
 
@@ -174,6 +174,31 @@ class Batch:
         """True on the first row of each trajectory, for statistics that count a trajectory once: [B]."""
         return self["parent_B"] == -1
 
+    def roots(self) -> Tensor:
+        """The row that each row's trajectory starts with, as far as it is in this batch: [B]."""
+        here_B = torch.arange(self.B, device=self.mask_BT.device)
+        root_B = torch.where(self["parent_B"] >= 0, self["parent_B"], here_B)
+        while not torch.equal(root_B[root_B], root_B):
+            root_B = root_B[root_B]
+        return root_B
+
+    def order(self, *units: str) -> Tensor:
+        """Row indices sorted by unit columns, the first one most significant; ties stay in place: [B]."""
+        order_B = torch.arange(self.B, device=self.mask_BT.device)
+        for name in reversed(units):
+            key_B = self[name] if dims(name) == "B" else self[name].amax(1)
+            order_B = order_B[key_B[order_B].argsort(stable=True)]
+        return order_B
+
+    def mismatched(self, shift: int) -> Tensor:
+        """The row whose policy tokens each row is shown under `Mismatched(shift)`: [B].
+
+        The row `shift` places before it, cyclic, in order of (member, seat, segment, group): whatever the
+        order of rows, a row of another group where there are several of one size.
+        """
+        order_B = self.order("member_B", "seat_B", "segment_BT", "group_B")
+        return torch.empty_like(order_B).index_copy_(0, order_B, order_B.roll(shift))
+
     # -- writing ---------------------------------------------------------------------------------------------
 
     def put(self, **columns: Tensor) -> Batch:
@@ -210,6 +235,8 @@ class Batch:
 
     def _check(self, name: str, value: Tensor) -> None:
         sizes = {"B": self.tokens_BT.shape[0], "T": self.tokens_BT.shape[1]}
+        if self.pairs_P2 is not None and name != "pairs_P2":
+            sizes["P"] = self.pairs_P2.shape[0]
         suffix, shape = dims(name), tuple(value.shape)
         wanted = [int(d) if d.isdigit() else sizes.get(d) for d in suffix]
         fits = len(shape) == len(wanted) and all(w in (None, s) for w, s in zip(wanted, shape, strict=True))
@@ -226,7 +253,7 @@ class Batch:
             return {k: v[rows_R] if dims(k).startswith("B") else v for k, v in values.items()}
 
         changes: dict[str, Any] = {name: getattr(self, name)[rows_R] for name in CORE}
-        units = take(self.units)
+        units, cols = take(self.units), take(self.cols)
         if self.pairs_P2 is not None or self.branched:
             where_B = torch.full((self.B,), -2, dtype=torch.long, device=self.mask_BT.device)
             where_B[rows_R] = torch.arange(rows_R.numel(), device=where_B.device)
@@ -234,12 +261,18 @@ class Batch:
             units["parent_B"] = torch.where(parent_R >= 0, where_B[parent_R.clamp(min=0)], parent_R)
             if self.pairs_P2 is not None:
                 moved_P2 = where_B[self.pairs_P2]
-                changes["pairs_P2"] = moved_P2[(moved_P2 >= 0).all(1)]
-        return self._like(**changes, units=units, cols=take(self.cols), cache={})
+                keep_P = (moved_P2 >= 0).all(1)
+                changes["pairs_P2"] = moved_P2[keep_P]
+                cols = _of_pairs(cols, keep_P)
+        return self._like(**changes, units=units, cols=cols, cache={})
 
     def silence(self, keep_B: Tensor) -> Batch:
-        """The same rows with an empty mask where keep_B is False: they leave numerators and denominators."""
-        return self.over(mask_BT=self.mask_BT & keep_B.bool()[:, None])
+        """The same rows with an empty mask where keep_B is False: they leave sums, denominators and pairs."""
+        found = self.over(mask_BT=self.mask_BT & keep_B.bool()[:, None])
+        if self.pairs_P2 is None:
+            return found
+        keep_P = keep_B.bool()[self.pairs_P2].all(1)
+        return found._like(pairs_P2=self.pairs_P2[keep_P], cols=_of_pairs(self.cols, keep_P))
 
     def pad(self, width: int) -> Batch:
         """The same rows with T = width >= self.T; every new entry is 0 or False."""
@@ -317,10 +350,15 @@ def concat(batches: Sequence[Batch]) -> Batch:
     return replace(wide[0], **changes, units=units, cols=_stack([b.cols for b in wide]), cache={})
 
 
+def _of_pairs(cols: Mapping[str, Tensor], keep_P: Tensor) -> dict[str, Tensor]:
+    """Columns per pair of the pairs that stay, other columns as they are."""
+    return {k: v[keep_P] if dims(k).startswith("P") else v for k, v in cols.items()}
+
+
 def _stack(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Row columns under each other; others as the first batch has them."""
+    """Columns per row or pair under each other; others as the first batch has them."""
     first = values[0]
-    return {k: torch.cat([v[k] for v in values]) if dims(k).startswith("B") else first[k] for k in first}
+    return {k: torch.cat([v[k] for v in values]) if dims(k)[0] in "BP" else first[k] for k in first}
 
 
 def _merge(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:

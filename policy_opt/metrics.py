@@ -9,7 +9,7 @@ from torch import Tensor
 
 from policy_opt.batch import Batch, floating
 from policy_opt.surrogates import ratio
-from policy_opt.terms import Loss, masked, reports
+from policy_opt.terms import Loss, masked
 
 
 def over_mask(value: Tensor, b: Batch) -> float:
@@ -22,9 +22,19 @@ def over_mask(value: Tensor, b: Batch) -> float:
     return float(torch.where(b.mask_BT, floating(value), 0.0).sum() / b.mask_BT.sum().clamp(min=1))
 
 
+def over_pairs(value_P: Tensor) -> float:
+    """Mean over the pairs; 0 if there are none."""
+    return float(floating(value_P).sum() / max(value_P.numel(), 1))
+
+
 @torch.no_grad()
-def of_step(loss: Loss, streams: Mapping[str, Tensor], b: Batch) -> dict[str, float]:
-    """Numbers of one optimizer step: loss, terms, entropy, kl (old to new, k3), ratio_max, kl_ref, ..."""
+def of_step(
+    loss: Loss, streams: Mapping[str, Tensor], b: Batch, said: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Numbers of one optimizer step: loss, terms, entropy, kl (old to new, k3), ratio_max, kl_ref, ...
+
+    said: the surrogates' reports; a name that ends in _P is per pair, and its mean loses the suffix.
+    """
     values = loss.values(streams, b)
     found = {"loss": float(sum(f * v for f, v in zip(loss.factors, values, strict=True)))}
     if len(values) > 1:
@@ -38,8 +48,8 @@ def of_step(loss: Loss, streams: Mapping[str, Tensor], b: Batch) -> dict[str, fl
     if "logp_BT" in streams and "logp_ref_BT" in b:
         gap_BT = masked(b["logp_ref_BT"] - streams["logp_BT"], b)
         found["kl_ref"] = over_mask(ratio(gap_BT) - 1 - gap_BT, b)
-    said = reports(loss.terms, streams, b)
-    return found | {name: over_mask(value, b) for name, value in said.items() if name != "ratio"}
+    found |= {n.removesuffix("_P"): over_pairs(v) for n, v in said.items() if n.endswith("_P")}
+    return found | {n: over_mask(v, b) for n, v in said.items() if n != "ratio" and not n.endswith("_P")}
 
 
 def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

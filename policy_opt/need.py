@@ -104,7 +104,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Mismatched:
-    """Prompt of row i with the policy tokens of row i - shift, cyclic over the batch."""
+    """Each row's prompt with the policy tokens of the row `shift` places before it: `Batch.mismatched(shift)`.
+
+    Entries stand where those tokens stand in their own row.
+    """
 
     shift: int = 1
 
