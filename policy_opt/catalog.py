@@ -8,9 +8,10 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from policy_opt.bank import Optim
+from policy_opt.bank import OURS, Optim, torch_optimizers
 from policy_opt.errors import RecipeError, unknown
 from policy_opt.part import Part
+from policy_opt.schedule import Step
 from policy_opt.terms import Term
 
 _MODULES = (
@@ -19,6 +20,8 @@ _MODULES = (
     "controllers",
     "credits",
     "curriculum",
+    "gates",
+    "optimizers.kappa",
     "rewards",
     "schedule",
     "sources",
@@ -43,8 +46,8 @@ def parts_of(module: str) -> dict[str, type[Part]]:
 @cache
 def common() -> dict[str, dict[str, Callable[..., Any]]]:
     """{stage: {name: part}} of the parts that recipes share."""
-    found: dict[str, dict[str, Callable[..., Any]]] = {"terms": {"term": Term}}
-    found["optimizer"] = {name: partial(Optim, name) for name in ("adamw", "adam", "sgd")}
+    found: dict[str, dict[str, Callable[..., Any]]] = {"terms": {"term": Term}, "step": {"step": Step}}
+    found["optimizer"] = {name: partial(Optim, name) for name in (*OURS, *torch_optimizers())}
     for module in _MODULES:
         for name, kind in parts_of(f"policy_opt.{module}").items():
             found.setdefault(kind.stage, {})[name] = kind

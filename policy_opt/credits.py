@@ -97,3 +97,23 @@ class MaskTruncated(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         return b.silence(b["truncated_B"] == 0)
+
+
+@dataclass(frozen=True)
+class EqualGroups(Part):
+    """Every group counts the same, whatever its size: w = rows / (groups * members), of rows that have tokens.
+
+    With a mean over rows this is the mean over groups of their means; equal groups get weight 1.
+    """
+
+    stage: ClassVar[str] = "credit"
+
+    reads = frozenset({"group_B"})
+    overwrites = frozenset({"w_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        index_B, count = b.index()
+        some_B = b.mask_BT.any(1).to(b.logp_sampler_BT.dtype)
+        size_Q = some_B.new_zeros(count).index_add_(0, index_B, some_B)
+        groups = (size_Q > 0).sum().clamp(min=1)
+        return weigh(b, some_B.sum() / (groups * size_Q.clamp(min=1))[index_B])
