@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -14,7 +15,10 @@ from agents.ledger import Ledger, Segment
 from agents.trajectory import Trajectory
 from policy_opt.batch import Batch
 
-OWN = ("reward_B", "correct_B", "length_B", "turns_B", "truncated_B", "failed_B")
+OWN = (
+    "reward_B", "correct_B", "length_B", "turns_B", "truncated_B", "failed_B", "finished_B", "temperature_B",
+    "answer_B", "first_call_B", "level_B", "window_start_B",
+)  # fmt: skip
 """Columns of one number per row that every batch has; a fact of one of these names is left out."""
 
 
@@ -33,7 +37,14 @@ def batch_of(
         scores_BK, with names: all scores; 0 where a verdict lacks one.
         <fact>_B: one for every numeric or boolean fact of the verdicts; 0 where a verdict lacks it.
         length_B: sampled tokens of the trajectory. turns_B: its policy turns.
-        truncated_B: 1 where it was cut for want of tokens. failed_B: 1 where there is no verdict.
+        truncated_B: 1 where it was cut for want of tokens. failed_B: 1 where it ended without a verdict.
+        finished_B: 0 where its token budget cut it off, to be gone on with; reward, scores and facts are then 0.
+        answer_B: a number of the verdict's fact `answer_key`, equal where the keys are equal, in any batch,
+            process or run; -1 where there is no answer.
+        first_call_B: sampled tokens of the trajectory before its first tool call; -1 where there is no call.
+        level_B: difficulty level of the task. temperature_B: that its tokens are scored at.
+    and one of the row itself:
+        window_start_B: first position of the last stretch of play; 0 unless the trajectory was gone on with.
     Units: parent_B is the row that a segment continues, -1 for first segments; segment_BT counts within the
     trajectory. Per-token entries are 0 (False) on padding, sampler log-probs also where mask_BT is False.
 
@@ -50,6 +61,7 @@ def batch_of(
     ledgers = _ledgers(trajectories)
     rows = [(i, j, s) for i, ledger in enumerate(ledgers) for j, s in enumerate(ledger.segments)]
     first = np.cumsum([0, *(len(ledger.segments) for ledger in ledgers)])
+    windows = [_window_start(trajectories[i].window, j, len(s)) for i, j, s in rows]
     owner_B = torch.tensor([i for i, _, _ in rows])
     units = {
         "group_B": torch.tensor([t.group for t in trajectories])[owner_B],
@@ -65,6 +77,7 @@ def batch_of(
         **tokens,
         **units,
         segment_BT=torch.where(tokens["real_BT"], number_B1, 0),
+        window_start_B=torch.tensor(windows),
         **{name: value[owner_B] for name, value in columns.items()},
         names=names,
     )
@@ -106,6 +119,24 @@ def _token_columns(segments: Sequence[Segment], dtype: torch.dtype) -> dict[str,
     }
 
 
+def _window_start(window: tuple[int, int], segment: int, length: int) -> int:
+    """Where a segment's part in the last stretch of play begins: nowhere, at a place, or at its start."""
+    if segment < window[0]:
+        return length
+    return window[1] if segment == window[0] else 0
+
+
+def answer_number(key: Any) -> int:
+    """A number that stands for an answer, the same wherever the answer comes up; -1 for none.
+
+    48 bits of a hash, so that two answers of a batch of thousands meet by chance once in ten million batches, and
+    float64 holds the number exactly.
+    """
+    if not isinstance(key, str):
+        return -1
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=6).digest(), "little")
+
+
 def _verdict_columns(
     trajectories: Sequence[Trajectory],
     scores: Sequence[str] | None,
@@ -123,7 +154,15 @@ def _verdict_columns(
         "length_B": [t.length for t in trajectories],
         "turns_B": [len(t.turns) for t in trajectories],
         "truncated_B": [float(t.cut) for t in trajectories],
-        "failed_B": [float(t.verdict is None) for t in trajectories],
+        "failed_B": [float(t.verdict is None and not t.unfinished) for t in trajectories],
+        "finished_B": [float(not t.unfinished) for t in trajectories],
+        "temperature_B": [t.sampler.temperature or 1.0 for t in trajectories],
+    }
+    keys = [t.verdict.facts.get("answer_key") if t.verdict is not None else None for t in trajectories]
+    whole = {
+        "answer_B": [answer_number(key) for key in keys],
+        "first_call_B": [-1 if t.first_call is None else t.first_call for t in trajectories],
+        "level_B": [t.level for t in trajectories],
     }
     for name in fact_names:
         if f"{name}_B" not in OWN and f"{name}_B" not in (
@@ -135,6 +174,7 @@ def _verdict_columns(
         ):
             numbers[f"{name}_B"] = [f.get(name, 0.0) for f in fact_maps]
     columns = {name: torch.tensor(values, dtype=dtype) for name, values in numbers.items()}
+    columns |= {name: torch.tensor(values) for name, values in whole.items()}
     table = [[float(s.get(name, 0.0)) for name in score_names] for s in score_maps]
     columns["scores_BK"] = torch.tensor(table, dtype=dtype).reshape(len(trajectories), len(score_names))
     return columns, {"scores_BK": score_names}

@@ -30,7 +30,7 @@ class TurnInfo:
 
 @dataclass
 class Trajectory:
-    """A finished episode. `ledger` is None for text speakers (endpoints, scripts)."""
+    """An episode, finished unless it says otherwise. `ledger` is None for text speakers (endpoints, scripts)."""
 
     task_id: str
     """Stable name of the task; empty if the environment failed before it named one."""
@@ -68,6 +68,12 @@ class Trajectory:
     """Group member that this episode was edited or resumed from; None for a fresh one."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the rollout itself measured: `env_failed`, `privileged`, ..."""
+    first_call: int | None = None
+    """Sampled tokens before the one that begins the first tool call; None where there is no call."""
+    unfinished: bool = False
+    """Cut off by its token budget, to be gone on with: no verdict yet."""
+    window: tuple[int, int] = (0, 0)
+    """Segment and place in it from which on the tokens are of the last stretch of play; (0, 0): all are."""
 
     @property
     def length(self) -> int:
@@ -77,5 +83,7 @@ class Trajectory:
     @property
     def cut(self) -> bool:
         """Whether the episode was cut for want of tokens rather than ended by the policy or the environment."""
+        if self.unfinished:
+            return False
         last = self.turns[-1].stop if self.turns else ""
         return self.stop_reason in ("length", "context") or last in ("length", "context")

@@ -35,6 +35,18 @@ def same(answer: str, truth: str) -> bool:
     return _words(answer) == _words(truth)
 
 
+def key(answer: str | None) -> str | None:
+    """A normal form: `same(a, b)` says of two short answers whether their keys are equal. None where one is blank or too long."""
+    if answer is None or len(answer) > MAX_ANSWER_CHARS:
+        return None
+    value = number(answer)
+    if value is None:
+        return _words(answer) or None
+    # As a decimal, which no text but the number itself reads as; at most 30 digits follow the point.
+    whole, rest = divmod(int(abs(value) * 10**30), 10**30)
+    return ("-" if value < 0 else "") + f"{whole}" + (f".{rest:030d}".rstrip("0") if rest else "")
+
+
 def number(text: str) -> Fraction | None:
     """The number that a text is (1,240 or 1240.0 or -3), or None."""
     text = _stripped(text)

@@ -66,7 +66,8 @@ class Verdict:
     scores: Mapping[str, float]
     """Named scores, e.g. `correct`, `format`."""
     facts: Mapping[str, Any]
-    """What was measured, e.g. `tool_calls`, `answer_key`; JSON values."""
+    """What was measured, e.g. `tool_calls`; JSON values. `answer_key`, where there is one, is the agent's final answer
+    in a normal form, equal where answers are equal; None where it gave none."""
     failure: str | None = None
     """None, or why the verifier failed (its exception); the reward is then the environment's lowest."""
 

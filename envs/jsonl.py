@@ -103,7 +103,7 @@ class JsonlEnv(ChatEnv):
         given = find_reward(self.reward)(final, dict(task.truth))
         scores = {k: float(v) for k, v in given.items()} if isinstance(given, Mapping) else {"reward": float(given)}
         reward = scores.pop("reward")
-        facts = {"answered": True, "answer_key": str(task.truth.get("answer", ""))}
+        facts = {"answered": True, "answer_key": answers.key(answers.extract(final) or final)}
         return Verdict(reward, {"correct": float(reward >= 1.0), **scores}, facts)
 
     def _rows(self) -> Mapping[str, Sequence[Row]]:

@@ -64,7 +64,8 @@ class ToolQA(ChatEnv):
         reward = (1 - self.format_weight) * correct + self.format_weight * well_formed
         facts = {
             "answered": answer is not None,
-            "answer_key": task.truth["answer"],
+            "answer_key": answers.key(answer),
+            "truth": task.truth["answer"],
             "answer": None if answer is None else answer[: answers.MAX_ANSWER_CHARS],
             "minimal_calls": len(task.truth["steps"]),
             "hops": task.truth["hops"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from envs import ChatEnv, Task, Verdict, fingerprint
+from envs import ChatEnv, Task, Verdict, answers, fingerprint
 from envs.random_agent import random_agent
 from tests.agents.tokenizers import byte_bpe
 
@@ -31,7 +31,7 @@ class Letters(ChatEnv):
 
     def judge(self, task, final):
         correct = float((final or "").strip() == task.truth["letter"])
-        return Verdict(correct, {"correct": correct}, {"minimal_calls": 0, "answer_key": task.truth["letter"]})
+        return Verdict(correct, {"correct": correct}, {"minimal_calls": 0, "answer_key": answers.key(final)})
 
 
 def oracle(env, rng):

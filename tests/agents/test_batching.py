@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agents.batching import batch_of
+from agents.batching import answer_number, batch_of
 from agents.ledger import Ledger
 from agents.trajectory import Trajectory, TurnInfo
 from envs import Verdict
@@ -90,6 +91,43 @@ def test_verdicts_become_columns(played: list[Trajectory]) -> None:
     if any(t.verdict for t in played):
         everything = batch_of(played)
         assert {"tool_calls_B", "late_B"} <= everything.columns and "name_B" not in everything
+
+
+def test_answers_calls_and_levels() -> None:
+    """Numbers of answers mean the same in every batch; what there is none of is -1."""
+
+    def episode(key: Any, call: int | None, **changes: Any) -> Trajectory:
+        ledger = Ledger()
+        ledger.observe([1], 0)
+        ledger.act([2, 3], [-1.0, -1.0], 0, 0)
+        verdict = Verdict(1.0, {"correct": 1.0}, {"answer_key": key, "level": 3})
+        t = Trajectory("a", 0, "train", 3, 0, 0, ledger=ledger, verdict=verdict, first_call=call)
+        return replace(t, **changes)
+
+    one = batch_of([episode("7", 1), episode("Toruna", None), episode("7", 0), episode(None, None)])
+    two = batch_of([episode("Toruna", None), episode("7", 1)])
+    answer = one["answer_B"]
+    assert answer[0] == answer[2] == two["answer_B"][1] and answer[1] == two["answer_B"][0] != answer[0]
+    assert answer[3] == -1 and min(answer[:3]) >= 0 and answer.double().long().equal(answer)
+    assert answer_number("7") == int(answer[0])
+    assert one["first_call_B"].tolist() == [1, -1, 0, -1]
+    assert one["level_B"].tolist() == [3] * 4
+    assert {one[name].dtype for name in ("answer_B", "first_call_B", "level_B", "window_start_B")} == {torch.int64}
+    assert one["finished_B"].tolist() == [1] * 4 and one["window_start_B"].tolist() == [0] * 4
+    [cut] = batch_of([episode(None, None, verdict=None, unfinished=True)])["finished_B"].tolist()
+    assert cut == 0
+
+
+def test_the_last_stretch_of_play_begins_where_it_says() -> None:
+    ledger = Ledger()
+    for turn in range(3):
+        if turn:
+            ledger.branch([1, 1], turn)
+        else:
+            ledger.observe([1, 1], turn)
+        ledger.act([2, 2], [-1.0, -1.0], turn, turn)
+    t = Trajectory("a", 0, "train", 1, 0, 0, ledger=ledger, verdict=Verdict(0.0, {}, {}), window=(1, 3))
+    assert batch_of([t])["window_start_B"].tolist() == [4, 3, 0]
 
 
 def test_batches_of_a_run_can_stand_under_each_other() -> None:

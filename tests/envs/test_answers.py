@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.answers import extract, number, same
+from envs.answers import extract, key, number, same
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -42,6 +42,12 @@ def test_what_is_not_the_truth(answer, truth):
 def test_comparison_never_raises_and_is_reflexive(answer, truth):
     same(answer, truth)
     assert same(truth, truth)
+
+
+@given(st.lists(st.sampled_from("0123,.-+ aA\"'/"), max_size=6).map("".join), st.sampled_from(["1.5", "-0", "a a", "1,000"]))
+def test_keys_are_equal_where_answers_are(answer, truth):
+    assert (key(answer) == key(truth)) == same(answer, truth)
+    assert key(" ") is None and key("x" * 65) is None and key("007.50") == "7.5"
 
 
 @given(st.integers(-(10**9), 10**9))

@@ -61,7 +61,7 @@ class KeyCabinet(ChatEnv):
     def judge(self, task, final):
         answer = None if final is None else answers.extract(final)
         correct = answer is not None and answers.same(answer, task.truth["answer"])
-        facts = {"answered": answer is not None, "answer_key": task.truth["answer"], "minimal_calls": 1}
+        facts = {"answered": answer is not None, "answer_key": answers.key(answer), "minimal_calls": 1}
         return Verdict(float(correct), {"correct": float(correct)}, facts)
 
 
