@@ -22,6 +22,8 @@ _MODULES = (
     "curriculum",
     "gates",
     "optimizers.kappa",
+    "pairs",
+    "preferences",
     "rewards",
     "schedule",
     "sources",
