@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ _ROW = frozenset({"reward_B", "group_B"})
 class GroupNorm(Part):
     """A_i = (R_i - mean_g R) / (std_g R + eps), the same on every token of the row (GRPO).
 
-    A group of one has no spread: its member gets R / (1 + eps), as in verl.
+    A group of one has no spread: its member gets R / (1 + eps), as in verl, unless told otherwise.
     """
 
     stage: ClassVar[str] = "advantage"
@@ -67,6 +67,8 @@ class GroupNorm(Part):
     """delta: 1e-6 in verl, 1e-4 in TRL."""
     ddof: int = 1
     """1: sample standard deviation, dividing by G - 1; 0: by G."""
+    single: Literal["reward", "zero"] = "reward"
+    """What the member of a group of one gets: R / (1 + eps), or 0 as the formula with std 0 has it."""
 
     def __post_init__(self) -> None:
         if self.ddof not in (0, 1) or self.eps < 0:
@@ -81,7 +83,9 @@ class GroupNorm(Part):
         std_Q = (g.sums(g.centred_B.square()) / (g.size_Q - self.ddof).clamp(min=1)).sqrt()
         # With eps = 0 an all-equal group would be 0 / 0.
         scale_Q = torch.where(single_Q | (std_Q + self.eps == 0), 1.0, std_Q) + self.eps
-        top_B = torch.where(single_Q[g.index_B], g.reward_B, g.centred_B)
+        top_B = g.centred_B
+        if self.single == "reward":
+            top_B = torch.where(single_Q[g.index_B], g.reward_B, top_B)
         return b.put(adv_B=top_B / scale_Q[g.index_B])
 
 
@@ -118,22 +122,38 @@ class LeaveOneOut(Part):
         return b.put(adv_B=g.centred_B * (g.size_Q / (g.size_Q - 1).clamp(min=1))[g.index_B])
 
 
-def recur(x_BT: Tensor, mask_BT: Tensor, factor: float) -> Tensor:
-    """y_t = x_t + factor * y_(t+1) on policy tokens, y_t = y_(t+1) on all others, y = 0 after the end: [B, T]."""
+def recur(x_BT: Tensor, mask_BT: Tensor, factor: float | Tensor) -> Tensor:
+    """y_t = x_t + factor * y_(t+1) on policy tokens, y_t = y_(t+1) on all others, y = 0 after the end: [B, T].
+
+    factor: one number, or one per token [B, T].
+    """
     x_TB = torch.where(mask_BT, x_BT, 0).T.contiguous()
-    factor_TB = torch.where(mask_BT, x_TB.new_tensor(factor), x_TB.new_tensor(1.0)).T.contiguous()
+    one = x_TB.new_tensor(1.0)
+    factor_BT = factor if isinstance(factor, Tensor) else x_TB.new_tensor(factor)
+    factor_TB = torch.where(mask_BT, factor_BT, one).T.contiguous()
     found = [x_TB.new_zeros(x_TB.shape[1])]
     for x_B, factor_B in zip(reversed(x_TB.unbind()), reversed(factor_TB.unbind()), strict=True):
         found.append(torch.addcmul(x_B, factor_B, found[-1]))
     return torch.stack(found[:0:-1], 1)
 
 
+def next_action(mask_BT: Tensor) -> Tensor:
+    """Position of the next policy token after each position, T where there is none: [B, T]."""
+    width = mask_BT.shape[1]
+    place_T = torch.arange(width, device=mask_BT.device)
+    from_BT = torch.where(mask_BT, place_T, width).flip(1).cummin(1).values.flip(1)
+    return torch.nn.functional.pad(from_BT[:, 1:], (0, 1), value=width)
+
+
 @dataclass(frozen=True)
 class GAE(Part):
     """Generalised advantage estimation over the policy's tokens (Schulman et al. 2015, arXiv 1506.02438).
 
+        delta_t = r_t + gamma_t V_next - V_t,   A_t = delta_t + gamma_t lambda_t A_next,   next = next policy token
+
     Tokens outside the mask are skipped: value and trace are carried across a tool's output, so inserting one
-    changes nothing. The value after the last token is 0. returns = advantage + value.
+    changes nothing. gamma_t and lambda_t may differ where a turn ends (a row's end is a turn's end). The value
+    after the last token is 0, unless the episode goes on later. returns = advantage + value.
     """
 
     stage: ClassVar[str] = "advantage"
@@ -141,19 +161,56 @@ class GAE(Part):
     """Discount per policy token."""
     lam: float = 0.95
     """lambda: 1 is Monte Carlo, 0 the one-step error."""
+    turn_gamma: float | None = None
+    """Discount from the last token of a turn to the next turn; None: gamma."""
+    turn_lam: float | None = None
+    """lambda there; None: lam."""
+    after: Literal["zero", "repeat", "value"] = "zero"
+    """Value after the last token of an episode whose finished_B is 0: 0, the last token's own (EGAE), or the
+    column bootstrap_B."""
+    returns: Literal["lambda", "monte_carlo"] = "lambda"
+    """Critic's target: A + V, or the discounted sum of the rewards that were observed."""
 
     needs = (VALUES_OLD,)
     models = WITH_CRITIC
-    reads = frozenset({"token_reward_BT"})
+    reads = frozenset({"token_reward_BT", "turn_BT"})
     writes = frozenset({"adv_BT", "returns_BT"})
 
+    @property
+    def facts(self) -> frozenset[str]:
+        names = {"zero": (), "repeat": ("finished_B",), "value": ("finished_B", "bootstrap_B")}
+        return frozenset(names[self.after])
+
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        reward_BT = b["token_reward_BT"]
         value_BT = torch.where(b.mask_BT, b["values_old_BT"], 0)
-        here_BT = recur(value_BT, b.mask_BT, 0.0)
-        next_BT = torch.nn.functional.pad(here_BT[:, 1:], (0, 1))
-        delta_BT = b["token_reward_BT"] + self.gamma * next_BT - value_BT
-        adv_BT = torch.where(b.mask_BT, recur(delta_BT, b.mask_BT, self.gamma * self.lam), 0)
-        return b.put(adv_BT=adv_BT, returns_BT=adv_BT + value_BT)
+        next_BT = next_action(b.mask_BT)
+        last_BT, at_BT = next_BT == b.T, next_BT.clamp(max=b.T - 1)
+        gamma, lam = self.rates(b, last_BT | (b["turn_BT"].gather(1, at_BT) != b["turn_BT"]), value_BT)
+        then_BT = torch.where(last_BT, self.ends(b, value_BT), value_BT.gather(1, at_BT))
+        delta_BT = reward_BT + gamma * then_BT - value_BT
+        adv_BT = torch.where(b.mask_BT, recur(delta_BT, b.mask_BT, gamma * lam), 0)
+        if self.returns == "lambda":
+            return b.put(adv_BT=adv_BT, returns_BT=adv_BT + value_BT)
+        return b.put(adv_BT=adv_BT, returns_BT=torch.where(b.mask_BT, recur(reward_BT, b.mask_BT, gamma), 0))
+
+    def rates(self, b: Batch, ends_BT: Tensor, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """gamma_t and lambda_t: numbers, or [B, T] where turns' ends have their own."""
+        if self.turn_gamma is None and self.turn_lam is None:
+            return self.gamma, self.lam
+        gamma = self.gamma if self.turn_gamma is None else self.turn_gamma
+        lam = self.lam if self.turn_lam is None else self.turn_lam
+        return (
+            torch.where(ends_BT, like.new_tensor(gamma), like.new_tensor(self.gamma)),
+            torch.where(ends_BT, like.new_tensor(lam), like.new_tensor(self.lam)),
+        )
+
+    def ends(self, b: Batch, value_BT: Tensor) -> Tensor:
+        """Value after the last token, on every position: [B, T] or [B, 1]."""
+        if self.after == "zero":
+            return value_BT.new_zeros(b.B, 1)
+        known_BT = value_BT if self.after == "repeat" else b["bootstrap_B"][:, None]
+        return torch.where((b["finished_B"] == 0)[:, None], known_BT, 0)
 
 
 @dataclass(frozen=True)
@@ -173,22 +230,40 @@ class RewardToGo(Part):
 
 @dataclass(frozen=True)
 class Whiten(Part):
-    """(A - mean) / sqrt(var + eps) over all policy tokens of the batch; var with Bessel's correction.
+    """(A - mean) / sqrt(var + eps) over all policy tokens of the batch.
 
     An advantage per row stays per row, and counts as often as the row has tokens.
     """
 
     stage: ClassVar[str] = "advantage"
     eps: float = 1e-8
+    ddof: int = 1
+    """1: var with Bessel's correction; 0: the population's."""
+    eps_on: Literal["variance", "deviation"] = "variance"
+    """deviation: divide by std + eps instead."""
+    over: Literal["tokens", "nonzero"] = "tokens"
+    """nonzero: mean and spread leave out advantages that are exactly 0, which some codes take for padding."""
+    per: Literal["rollout", "step"] = "rollout"
+    """step: over every mini-batch, before its optimizer step."""
 
     reads = frozenset({"adv"})
     overwrites = frozenset({"adv"})
 
+    def check(self) -> None:
+        if self.ddof not in (0, 1) or self.eps <= 0:
+            raise ValueError(f"ddof is 0 or 1 and eps > 0, not {self.ddof}, {self.eps}")
+
+    @property
+    def when(self) -> Literal["rollout", "step"]:
+        return self.per
+
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         name = "adv_BT" if "adv_BT" in b else "adv_B"
         adv = b[name]
-        weight = (b.mask_BT if name == "adv_BT" else b.mask_BT.sum(1)).to(adv.dtype)
+        there = (b.mask_BT if name == "adv_BT" else b.mask_BT.sum(1)).to(adv.dtype)
+        weight = there * (adv != 0) if self.over == "nonzero" else there
         count = weight.sum().clamp(min=1)
         centred = adv - (adv * weight).sum() / count
-        var = (centred.square() * weight).sum() / (count - 1).clamp(min=1)
-        return b.over(**{name: torch.where(weight > 0, centred / (var + self.eps).sqrt(), 0)})
+        var = (centred.square() * weight).sum() / (count - self.ddof).clamp(min=1)
+        scale = (var + self.eps).sqrt() if self.eps_on == "variance" else var.sqrt() + self.eps
+        return b.over(**{name: torch.where(there > 0, centred / scale, 0)})

@@ -38,10 +38,13 @@ class Part:
 
     stage: ClassVar[str] = ""
     """The role: where in a recipe the part may stand."""
-    when: ClassVar[Literal["rollout", "step"]] = "rollout"
-    """step: run again on every mini-batch, before its optimizer step."""
     privileged: ClassVar[bool] = False
     """Does it bring in text that the task does not show (hints, solutions, feedback)?"""
+
+    @property
+    def when(self) -> Literal["rollout", "step"]:
+        """step: run on every mini-batch, before its optimizer step, instead of once after the rollout."""
+        return "rollout"
 
     @property
     def needs(self) -> tuple[Need, ...]:
