@@ -31,6 +31,8 @@ class Member:
     """None: frozen."""
     spec: ModelSpec | None = None
     """What the recipe said of it; None for the policy."""
+    own: Optim | None = None
+    """A recipe's wish for its optimizer; None: what `config` names."""
     steps: int = 0
     """Optimizer steps so far."""
     shares: bool | None = None
@@ -93,8 +95,10 @@ class Bank:
     def prepare(self, models: Mapping[str, ModelSpec], optimizer: Optim | None) -> None:
         """Build the models that are not there yet. `optimizer` is a recipe's wish for the policy."""
         wanted = _merged(optimizer, self.config) if optimizer is not None else self.config
-        if wanted != self.policy.config:
-            self.policy.config, self.policy.optimizer = wanted, optim.build(self.policy.model, wanted)
+        policy = self.policy
+        if (wanted, optimizer) != (policy.config, policy.own):
+            policy.config, policy.own = wanted, optimizer
+            policy.optimizer = optim.build(policy.model, wanted, optimizer)
         for name, spec in models.items():
             if name not in self.members:
                 self.members[name] = self._build(name, spec)
@@ -117,7 +121,7 @@ class Bank:
         if spec.optimizer is None:
             return Member(model.requires_grad_(False), self.config, None, spec)
         own = _merged(spec.optimizer, self.config)
-        return Member(model, own, optim.build(model, own), spec)
+        return Member(model, own, optim.build(model, own, spec.optimizer), spec, spec.optimizer)
 
     @torch.no_grad()
     def sync(self, name: str, decay: float) -> None:
@@ -154,9 +158,7 @@ class Bank:
 
 
 def _merged(own: Optim, run: OptimConfig) -> OptimConfig:
-    """A recipe's optimizer with the run's clipping and warm-up, and the run's rate where it names none."""
+    """A recipe's rate and decay with the run's clipping, warm-up and seed; the run's rate where it names none."""
     assert run.lr is not None  # the bank resolves it
     rate = own.lr if own.lr is not None else run.lr * own.lr_scale
-    return replace(
-        run, name=own.name, lr=rate, beta1=own.betas[0], beta2=own.betas[1], weight_decay=own.weight_decay
-    )
+    return replace(run, lr=rate, weight_decay=own.weight_decay)

@@ -11,7 +11,8 @@ class OptimConfig:
     """How one model's weights are stepped."""
 
     name: str = "adamw"
-    """Any optimizer of torch.optim, in any case: adamw, adam, sgd, rmsprop, ..."""
+    """lion, lion_k, momentum, stosignsgd, or one of torch.optim: adamw, adam, sgd, ...; with options of its own as
+    NAME(OPTION=VALUE), e.g. lion_k(kappa=huber(e=0.05)) or stosignsgd(direction=adam)."""
     lr: float | None = None
     """Peak learning rate; none: 5e-4 for models below 20 million parameters, else 1e-6."""
     beta1: float = 0.9
@@ -24,6 +25,8 @@ class OptimConfig:
     """Largest gradient norm; 0 = no clipping."""
     warmup: int = 0
     """Optimizer steps over which the rate rises linearly from zero."""
+    seed: int | None = None
+    """Of the noise that stochastic optimizers draw; none: the run's."""
 
 
 @dataclass(frozen=True)

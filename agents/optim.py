@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,9 @@ from torch import nn
 from agents.cli import UsageError, nearest
 from agents.config import OptimConfig
 from agents.models import is_tiny
+from policy_opt.bank import OPTIMIZERS, Optim
+from policy_opt.errors import RecipeError
+from policy_opt.options import part
 
 
 def resolved(config: OptimConfig, model: nn.Module) -> OptimConfig:
@@ -20,29 +22,52 @@ def resolved(config: OptimConfig, model: nn.Module) -> OptimConfig:
     return config if config.lr is not None else replace(config, lr=5e-4 if is_tiny(model) else 1e-6)
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over a model's trainable parameters. UsageError on an unknown name."""
-    classes = {
-        name.lower(): cls for name, cls in vars(torch.optim).items()
-        if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
-    }
-    cls = classes.get(config.name.lower())
-    if cls is None:
-        raise UsageError(f"unknown optimizer `{config.name}`{nearest(config.name, classes)}")
-    accepted = inspect.signature(cls).parameters
-    options: dict[str, Any] = {"lr": resolved(config, model).lr}
-    if "betas" in accepted:
-        options["betas"] = (config.beta1, config.beta2)
-    elif "momentum" in accepted:
-        options["momentum"] = config.beta1
-    if "fused" in accepted:
-        options["fused"] = all(p.is_floating_point() for p in model.parameters())
-    trainable = [p for p in model.parameters() if p.requires_grad]
+def seeded(config: OptimConfig, seed: int) -> OptimConfig:
+    """The configuration with a seed: its own, or that of the run."""
+    return config if config.seed is not None else replace(config, seed=seed)
+
+
+def build(model: nn.Module, config: OptimConfig, own: Optim | None = None) -> torch.optim.Optimizer:
+    """The optimizer over a model's trainable parameters, by name, so that noise is a function of the name.
+
+    own: the wish of a recipe, in place of what the configuration names; its rate and decay stand in `config` already.
+    UsageError on an unknown name or option.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return cls([g for g in groups if g["params"]], **options)
+    rate = resolved(config, model).lr
+    assert rate is not None
+    return replace(own or described(config), lr=rate).build(
+        [g for g in groups if g["params"]], rate, config.seed or 0,
+        fused=all(p.is_floating_point() for p in model.parameters()),
+    )  # fmt: skip
+
+
+def described(config: OptimConfig) -> Optim:
+    """What the configuration names: `lion`, or with options of its own, `lion_k(kappa=huber(e=0.05))`."""
+    if config.name.isidentifier() and config.name.lower() not in OPTIMIZERS:
+        raise UsageError(f"unknown optimizer `{config.name}`{nearest(config.name, OPTIMIZERS)}")
+    try:
+        named = part("optimizer", config.name.lower() if config.name.isidentifier() else config.name)
+        for inner in (named, named.direction):
+            if inner is not None and (inner.lr, inner.betas, inner.weight_decay) != (None, None, 0.0):
+                raise UsageError(
+                    f"--optim.name {config.name}: rate, betas and decay are said with --optim.lr, --optim.beta1, "
+                    "--optim.beta2 and --optim.weight-decay"
+                )
+        return _with_betas(named, (config.beta1, config.beta2))
+    except RecipeError as error:
+        raise UsageError(str(error)) from error
+
+
+def _with_betas(optim: Optim, betas: tuple[float, float]) -> Optim:
+    """The optimizer, or the one whose direction it converts, with these decay rates."""
+    if optim.direction is not None:
+        return replace(optim, direction=_with_betas(optim.direction, betas))
+    return replace(optim, betas=betas)
 
 
 def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from agents.engines.hf import HFEngine
 from agents.forward import Convention
 from agents.learner import LMLearner
 from agents.models import DTYPES, is_tiny, load_model
+from agents.optim import seeded
 from agents.rollout import Limits, MakeEnv
 from policy_opt.errors import RecipeError
 from policy_opt.loop import Loop, RunSize
@@ -118,8 +119,9 @@ def build(config: TrainConfig, world: World) -> Session:
         player = _player(config, world, make_env, model, chat, lowest)
     convention = Convention(config.rollout.temperature, tuple(chat.banned_ids))
     learner = LMLearner(
-        model, config.optim, convention=convention, world=world, micro_tokens=micro_tokens(config, model)
-    )
+        model, seeded(config.optim, config.seed), convention=convention, world=world,
+        micro_tokens=micro_tokens(config, model),
+    )  # fmt: skip
     player.version = lambda: learner.version
     actor = LMActor(player, dtype)
     size = RunSize(tasks, config.groups, config.group_size, config.seed)

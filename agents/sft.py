@@ -25,6 +25,7 @@ from agents.imitate import Conversation, imitate, likelihood, record
 from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.models import DTYPES, export, is_tiny, load_model
+from agents.optim import seeded
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def train(config: SftConfig, display: Display, out: Path) -> dict[str, Any]:
     ledgers, dropped = demonstrations(config, chat)
     kept, aside = split(ledgers, config.held_out, config.seed)
     learner = LMLearner(
-        model, config.optim, convention=Convention(1.0, tuple(chat.banned_ids)), micro_tokens=config.micro_tokens
-    )
+        model, seeded(config.optim, config.seed), convention=Convention(1.0, tuple(chat.banned_ids)),
+        micro_tokens=config.micro_tokens,
+    )  # fmt: skip
     before = likelihood(learner, aside)
     display.phase("imitation", f"{len(kept)} conversations, {len(aside)} held out, {dropped} too long")
     losses = imitate(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from policy_opt.bank import OURS, Optim, torch_optimizers
+from policy_opt.bank import OPTIMIZERS, Optim
 from policy_opt.errors import RecipeError, unknown
 from policy_opt.part import Part
 from policy_opt.schedule import Step
@@ -17,6 +17,7 @@ from policy_opt.terms import Term
 _MODULES = (
     "advantages",
     "aggregate",
+    "baselines",
     "controllers",
     "credits",
     "curriculum",
@@ -24,11 +25,14 @@ _MODULES = (
     "optimizers.kappa",
     "pairs",
     "preferences",
+    "group_weights",
     "rewards",
     "schedule",
     "sources",
     "surrogates",
+    "token_credit",
     "tool_rewards",
+    "trust",
 )
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
@@ -49,7 +53,7 @@ def parts_of(module: str) -> dict[str, type[Part]]:
 def common() -> dict[str, dict[str, Callable[..., Any]]]:
     """{stage: {name: part}} of the parts that recipes share."""
     found: dict[str, dict[str, Callable[..., Any]]] = {"terms": {"term": Term}, "step": {"step": Step}}
-    found["optimizer"] = {name: partial(Optim, name) for name in (*OURS, *torch_optimizers())}
+    found["optimizer"] = {name: partial(Optim, name) for name in OPTIMIZERS}
     for module in _MODULES:
         for name, kind in parts_of(f"policy_opt.{module}").items():
             found.setdefault(kind.stage, {})[name] = kind

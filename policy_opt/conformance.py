@@ -1,9 +1,9 @@
 """Golden numbers against the shipped recipes: `python -m policy_opt.conformance FILE.json ...`.
 
 Every case of a vector file is driven through the recipe's own parts and compared elementwise, |a - b| <= 1e-6
-|b| + 1e-9 (what is no number: equal). Prints the largest error per output and exits 1 on a miss. A method
-that is no recipe is looked up in the entry-point group `palaestra.conformance`: a function (inputs, params)
--> outputs.
+|b| + 1e-9 (what is no number: equal). Prints the largest error per output and exits 1 on a miss. An
+optimizer is driven over the case's gradients. Any other method is looked up in the entry-point group
+`palaestra.conformance`: a function (inputs, params) -> outputs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from policy_opt.errors import RecipeError, unknown
+from policy_opt.optimizers import METHODS
 from policy_opt.recipe import Recipe
 from policy_opt.registry import get, plugins, shipped
 from policy_opt.vectors import OUTPUTS, Trace, Vectors, configure
@@ -50,9 +51,11 @@ def subject(method: str) -> Subject:
     recipes = recipes_of(method)
     if recipes:
         return lambda inputs, params, wanted: drive(recipes, inputs, params, wanted)
+    if method in METHODS:
+        return lambda inputs, params, wanted: METHODS[method].golden(inputs, params)
     others = {point.name: point for point in entry_points(group=GROUP)}
     if method not in others:
-        raise RecipeError(unknown("method", method, (*shipped(), *plugins(), *others)))
+        raise RecipeError(unknown("method", method, (*shipped(), *plugins(), *METHODS, *others)))
     function = others[method].load()
     return lambda inputs, params, wanted: function(inputs, params)
 

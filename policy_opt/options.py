@@ -39,6 +39,7 @@ ROOTS = (*LISTS, "curriculum", "sampler", "schedule", "optimizer", "bank")
 _PART_FIELDS = {
     "agg": "agg",
     "coef": "coef",
+    "fraction": "coef",
     "gate": "gate",
     "accept": "accept",
     "order": "order",
@@ -81,6 +82,16 @@ def apply(recipe: Recipe, spec: str) -> Recipe:
     if operator == "+=":
         raise RecipeError(f"`{path}` holds one value; += is for {', '.join(LISTS)}")
     return assign(recipe, path, node)
+
+
+def part(stage: str, text: str) -> Any:
+    """The part that `name` or `name(option=value)` stands for at a stage; RecipeError as in `apply`."""
+    try:
+        return _part(stage, ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"cannot read the {stage} {text!r}: {error}") from None
 
 
 def assign(recipe: Recipe, path: str, value: Any) -> Recipe:
