@@ -11,6 +11,7 @@ from torch import Tensor
 
 from policy_opt.bank import WITH_REFERENCE, ModelSpec
 from policy_opt.batch import Batch, floating
+from policy_opt.errors import BatchError
 from policy_opt.need import LOGP_OLD, LOGP_REF, Need
 from policy_opt.part import Ctx, Part
 
@@ -31,6 +32,12 @@ class TokenReward(Part):
     stage: ClassVar[str] = "reward"
     kl_beta: float = 0.0
     """Weight of the KL to the reference; 0: no reference model is needed."""
+    finished_only: bool = False
+    """An episode that goes on in a later iteration (finished_B = 0) has no R yet."""
+
+    @property
+    def facts(self) -> frozenset[str]:
+        return frozenset({"finished_B"} if self.finished_only else ())
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -44,7 +51,10 @@ class TokenReward(Part):
     writes = frozenset({"token_reward_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        reward_BT = floating(b["reward_B"])[:, None] * last_BT(b.mask_BT)
+        reward_B = floating(b["reward_B"])
+        if self.finished_only:
+            reward_B = torch.where(b["finished_B"] != 0, reward_B, 0)
+        reward_BT = reward_B[:, None] * last_BT(b.mask_BT)
         if self.kl_beta:
             reward_BT = reward_BT - torch.where(
                 b.mask_BT, self.kl_beta * (b["logp_old_BT"] - b["logp_ref_BT"]), 0
@@ -112,3 +122,21 @@ class Overlong(Part):
         # Without a cache the fall is a step: any token beyond L_max costs the whole penalty.
         penalty_B = self.factor * (room_B / max(self.cache_len, 1e-9)).clamp(-1, 0)
         return b.put(overlong_B=penalty_B).over(reward_B=reward_B + penalty_B)
+
+
+@dataclass(frozen=True)
+class WeightedScores(Part):
+    """R = sum_k weights_k scores_BK[:, k]: the verdict's named scores as one reward."""
+
+    stage: ClassVar[str] = "reward"
+    weights: tuple[float, ...]
+    """One per score, in the order of the verdict's names."""
+
+    reads = frozenset({"scores_BK"})
+    overwrites = frozenset({"reward_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        scores_BK = floating(b["scores_BK"])
+        if scores_BK.shape[1] != len(self.weights):
+            raise BatchError(f"scores_BK has shape {tuple(scores_BK.shape)}, but there are {len(self.weights)} weights")
+        return b.over(reward_B=scores_BK @ scores_BK.new_tensor(self.weights))

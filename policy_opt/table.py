@@ -207,7 +207,7 @@ class TableLearner:
 class TableActor:
     """Plays episodes with the learner's table."""
 
-    columns = frozenset({"level_B", "tool_calls_B", "hint_B", "finished_B", "first_call_B", "proximity_B"})
+    columns = frozenset({"answer_B", "level_B", "tool_calls_B", "hint_B", "finished_B", "first_call_B", "proximity_B"})
     """Facts it delivers besides the standard columns."""
     hooks = frozenset(RULES)
     """Sampler rules that it serves."""
@@ -277,6 +277,7 @@ class TableActor:
         call_BT = b.mask_BT & ~last_BT & (b.tokens_BT == 0)
         before_B = (b.mask_BT & (call_BT.cumsum(1) == 0)).sum(1)
         near_B = (right_BT & last_BT).sum(1) / last_BT.sum(1)
+        digit_T = self.world.vocab ** (torch.arange(b.T) % (self.world.actions + 1))
         return b.over(
             reward_B=correct_B,
             correct_B=correct_B,
@@ -288,6 +289,7 @@ class TableActor:
             tool_calls_B=call_BT.sum(1),
             first_call_B=torch.where(call_BT.any(1), before_B, -1),
             level_B=b["task_B"] % 2,
+            answer_B=(b.tokens_BT * last_BT * digit_T).sum(1),
             version_BT=torch.full_like(b.tokens_BT, self.learner.version),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,16 +105,25 @@ def batch(
         "finished_B": (torch.arange(len(rewards)) % 3 < 2).double(),
         "proximity_B": (torch.arange(len(rewards)) % 5) / 4,
         "level_B": torch.tensor(groups) % 2,
+        "answer_B": torch.arange(len(rewards)) % 3 - 1,
+        "scores_BK": torch.stack([reward_B, (torch.arange(len(rewards)) % 3).double()], 1),
         "real_BT": torch.ones_like(mask_BT),
         "logp_sampler_BT": torch.zeros(mask_BT.shape, dtype=torch.float64),
     }
     return Batch.build(mask_BT=mask_BT, group_B=torch.tensor(groups), **{**given, **columns})
 
 
-def run(recipe: Recipe, b: Batch, given: Mapping[str, Tensor], **options: object):
-    """One iteration on fixed numbers: (batch, metrics, learner)."""
+def run(
+    recipe: Recipe,
+    b: Batch,
+    given: Mapping[str, Tensor],
+    states: Mapping[str, dict[str, Any]] | None = None,
+    **options: object,
+):
+    """One iteration on fixed numbers, from the parts' states by phase: (batch, metrics, learner)."""
     learner = FixedLearner(given, **options)
     count = b.index()[1]
     loop = Loop(recipe, FixedActor(b), learner, RunSize(tasks=max(count, 1), groups=count, group_size=1))
+    loop.states.update(states or {})
     found, metrics = loop.iterate()
     return found, metrics, learner
