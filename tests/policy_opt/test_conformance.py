@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import policy_opt
 from policy_opt import conformance
 from policy_opt.part import Part
+from policy_opt.recipe import STAGES
 from policy_opt.vectors import Trace, configure
 from tests.policy_opt import fixed
 
@@ -47,7 +49,9 @@ def parts_called(method: str) -> list[type[Part]]:
                 found[type(recipe_now.curriculum.accept)] = None
             if trace.streams:
                 on = [term for term in recipe_now.terms if term.on]
-                found.update(dict.fromkeys(type(x) for term in on for x in (term.loss, term.agg)))
+                found.update(dict.fromkeys(type(term.loss) for term in on))
+                # A loss that is one number is not aggregated.
+                found.update(dict.fromkeys(type(term.agg) for term in on if term.loss.gives))
     return list(found)
 
 
@@ -90,40 +94,43 @@ def test_the_loop_pulls_the_golden_cotangents(method):
     """What training pushes through the model is d loss / d logp of the file, also split into single rows."""
     (recipe,) = conformance.recipes_of(method)
     for case in CONTENT[method]["cases"]:
-        inputs = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["inputs"].items()}
-        now = configure(recipe, case["params"])
-        if "token_advantages" in inputs:
+        trace = Trace(configure(recipe, case["params"]), case["inputs"])
+        # What the file gives in place of a stage's result is not computed again.
+        now = trace.recipe.replace(**{stage: () for stage in STAGES if stage not in recipe.vectors.stages})
+        if "token_advantages" in trace.inputs:
             now = now.replace(advantage=(Given(),))
-        b = fixed.batch(
-            inputs["rewards"].tolist(),
-            case["inputs"]["group"],
-            case["inputs"]["mask"],
-            length_B=inputs.get("response_lengths", inputs["rewards"]),
-            **own_columns(recipe, case["inputs"]),
-            **({"given_BT": inputs["token_advantages"]} if "token_advantages" in inputs else {}),
-        )
+        b = as_played(trace, {need.name for need in now.needs})
         now = now.replace(
             curriculum=policy_opt.curriculum.Curriculum(accept=now.curriculum.accept, max_rounds=1)
         )
-        # What the file gives in place of a stage's result is not computed again.
-        now = now.replace(**{stage: () for stage in ("expand", "signals") if stage not in recipe.vectors.stages})
         kept = now.curriculum.screen(b, policy_opt.Ctx())
-        given = {k: v[kept] for k, v in inputs.items() if v.ndim == 2}
+        given = {k: torch.tensor(v, dtype=torch.float64) for k, v in trace.inputs.items() if nested(v)}
+        given |= {k: v for k, v in trace.start().cols.items() if k.endswith("_BT")}
+        given = {k: v[kept] for k, v in given.items() if v.shape[0] == b.B}
         for micro_rows in (1, 100):
-            learner = fixed.run(fixed.whole(now), b, given, micro_rows=micro_rows)[2]
+            states = {"": copy.deepcopy(trace.ctx.states)} if recipe.vectors.prime else {}
+            learner = fixed.run(fixed.whole(now), b, given, states, micro_rows=micro_rows)[2]
             expected = torch.tensor(case["outputs"]["grad_logp_new"], dtype=torch.float64)[kept]
             # The last step: at the first one a loss over several rows takes logp_old for the live log-probs.
-            torch.testing.assert_close(learner.cotangents[-1]["logp_BT"], expected, rtol=1e-6, atol=1e-9)
+            # The first one where the case has a state, which a step moves.
+            found = learner.cotangents[0 if states else -1]["logp_BT"][:, : expected.shape[1]]
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def own_columns(recipe, inputs) -> dict[str, torch.Tensor]:
-    """Inputs of this file alone that the environment delivers."""
-    return {
-        column: torch.tensor(inputs[name])
-        for name, columns in recipe.vectors.columns.items()
-        for column in columns
-        if name in inputs
-    }
+def nested(value) -> bool:
+    return isinstance(value, list) and isinstance(value[0], list)
+
+
+def as_played(trace: Trace, scored: set[str]) -> policy_opt.Batch:
+    """The case's start with the columns that every actor delivers, without those that the learner scores."""
+    b = trace.start()
+    given = {k: v for k, v in b.cols.items() if k not in scored}
+    if "adv_BT" in given:
+        given["given_BT"] = given.pop("adv_BT")
+    units = {k: v for k, v in b.units.items() if k != "group_B"}
+    pairs = {} if b.pairs_P2 is None else {"pairs_P2": b.pairs_P2}
+    zeros = [0.0] * b.B
+    return fixed.batch(zeros, b["group_B"].tolist(), b.mask_BT.int().tolist(), **units, **given, **pairs)
 
 
 class Given(Part):
