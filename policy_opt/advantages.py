@@ -45,8 +45,9 @@ def groups(b: Batch, unit: str = "group_B") -> Groups:
     reward_B = floating(b["reward_B"])
     once_B = b.once().to(reward_B.dtype) if b.branched else None
     size_Q = torch.bincount(index_B, once_B, minlength=count).to(reward_B.dtype)
-    # Subtracting one member's reward first makes equal rewards exactly 0, and loses no digits to an offset.
-    first_Q = torch.empty_like(size_Q).index_copy_(0, index_B, reward_B)
+    # Subtracting one member's reward first makes equal rewards exactly 0, and loses no digits to an offset. The
+    # offset falls out of the result, so it is a constant also where rewards depend on a stream.
+    first_Q = torch.empty_like(size_Q).index_copy_(0, index_B, reward_B.detach())
     shifted_B = reward_B - first_Q[index_B]
     found = Groups(index_B, size_Q, reward_B, shifted_B, once_B)
     return found._replace(centred_B=shifted_B - (found.sums(shifted_B) / size_Q)[index_B])
@@ -266,4 +267,6 @@ class Whiten(Part):
         centred = adv - (adv * weight).sum() / count
         var = (centred.square() * weight).sum() / (count - self.ddof).clamp(min=1)
         scale = (var + self.eps).sqrt() if self.eps_on == "variance" else var.sqrt() + self.eps
+        ctx.log("adv_mean", float((adv * weight).sum() / count))
+        ctx.log("adv_std", float(var.sqrt()))
         return b.over(**{name: torch.where(there > 0, centred / scale, 0)})

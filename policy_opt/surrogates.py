@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from policy_opt.bank import WITH_CRITIC, WITH_REFERENCE
+from policy_opt.bank import WITH_CRITIC, WITH_REFERENCE, ModelSpec
 from policy_opt.batch import Batch
-from policy_opt.need import ENTROPY, LOGP, LOGP_OLD, LOGP_REF, VALUES, VALUES_OLD
+from policy_opt.need import ENTROPY, LOGP, LOGP_OLD, LOGP_REF, VALUES, VALUES_OLD, Need
 from policy_opt.part import Part
 
 Streams = Mapping[str, Tensor]
@@ -270,6 +270,8 @@ class ClippedValue(Part):
     gives: ClassVar[str] = "BT"
     value_clip: float = 0.2
     """eps_v, in units of the return."""
+    huber: float | None = None
+    """Beyond this error the loss grows linearly: d (|e| - d / 2) in place of e^2 / 2. None: never."""
 
     needs = VALUES, VALUES_OLD
     reads = frozenset({"returns_BT"})
@@ -278,4 +280,67 @@ class ClippedValue(Part):
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         value_BT, old_BT, goal_BT = s["values_BT"], b["values_old_BT"], b["returns_BT"]
         near_BT = value_BT.clamp(old_BT - self.value_clip, old_BT + self.value_clip)
-        return 0.5 * torch.maximum((value_BT - goal_BT).square(), (near_BT - goal_BT).square())
+        return torch.maximum(self.error(value_BT - goal_BT), self.error(near_BT - goal_BT))
+
+    def error(self, e_BT: Tensor) -> Tensor:
+        """e^2 / 2, or Huber's loss."""
+        if self.huber is None:
+            return 0.5 * e_BT.square()
+        return torch.nn.functional.huber_loss(e_BT, torch.zeros_like(e_BT), reduction="none", delta=self.huber)
+
+
+_CLIP = Clip()
+
+
+@dataclass(frozen=True)
+class EarlyStop(Part):
+    """Another surrogate, without gradient in a step whose policy has gone too far from that of the rollout.
+
+    Far: the token mean of rho - 1 - log rho (an estimate of KL(pi_old || pi), >= 0) is above kl_max.
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "batch"
+    loss: Any = _CLIP
+    """The surrogate."""
+    kl_max: float = 0.02
+    """In nats per token."""
+
+    @property
+    def gives(self) -> str:
+        """The shape of the inner loss."""
+        return self.loss.gives
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        return (*self.loss.needs, *(need for need in (LOGP, LOGP_OLD) if need not in self.loss.needs))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.loss.reads
+
+    @property
+    def facts(self) -> frozenset[str]:
+        return self.loss.facts
+
+    @property
+    def models(self) -> Mapping[str, ModelSpec]:
+        return self.loss.models
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        loss = self.loss(s, b)
+        return loss.detach() if self.far(s, b) else loss
+
+    def far(self, s: Streams, b: Batch) -> bool:
+        """Is the step skipped?"""
+        return float(self.gap(s, b).sum() / b.mask_BT.sum().clamp(min=1)) > self.kl_max
+
+    def gap(self, s: Streams, b: Batch) -> Tensor:
+        """rho - 1 - log rho, 0 outside the mask: [B, T]."""
+        log_BT = log_ratio(s, b).detach()
+        return ratio(log_BT) - 1 - log_BT
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        found = self.loss.report(s, b) if hasattr(self.loss, "report") else {}
+        stopped_B = torch.full((b.B,), float(self.far(s, b)), device=b.mask_BT.device)
+        return {**found, "approx_kl": self.gap(s, b), "stopped": stopped_B}
