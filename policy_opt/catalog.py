@@ -17,6 +17,7 @@ from policy_opt.terms import Term
 _MODULES = (
     "advantages",
     "aggregate",
+    "calibration",
     "baselines",
     "controllers",
     "credits",

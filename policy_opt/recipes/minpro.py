@@ -1,0 +1,115 @@
+"""MinPRO: Minimum Prefix Ratio. Lei et al. 2026, arXiv 2601.22718.
+
+The off-policy gradient weighs a token by the product of all ratios up to it; that product is replaced by the
+smallest earlier ratio times the token's own. CISPO otherwise: a detached, capped weight, and no token cut off.
+
+    rho_t  = exp(logp - logp_behaviour),   low_t = min over earlier policy tokens j < t of rho_j;   1 for the first
+    w_t    = sg[ clip(low_t rho_t, 1 - eps_low, 1 + eps_high) ]
+    L      = - sum_{i,t} m w_{i,t} A_i logp_{i,t} / sum_{i,t} m,   A_i as in GRPO
+
+The behaviour policy is logp_old, stored with the data: stale once the batch has been stepped on, or replayed. low_t
+is not capped at 1. The prefix runs across the turns of a trajectory; `--set terms.prefix=turn` starts it anew.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from policy_opt.advantages import GroupNorm
+from policy_opt.aggregate import TokenMean
+from policy_opt.batch import Batch
+from policy_opt.need import LOGP, LOGP_OLD
+from policy_opt.part import Part
+from policy_opt.recipe import Recipe
+from policy_opt.schedule import Schedule, Step
+from policy_opt.surrogates import Streams, check_widths, log_ratio, ratio
+from policy_opt.terms import Term
+from policy_opt.vectors import Trace, Vectors
+
+
+def earlier_min(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Smallest x of the row's earlier masked tokens, 0 where there is none: [B, T]."""
+    low_BT = torch.where(mask_BT, x_BT, torch.inf).cummin(1).values
+    before_BT = torch.nn.functional.pad(low_BT[:, :-1], (1, 0), value=torch.inf)
+    return torch.where(before_BT == torch.inf, 0, before_BT)
+
+
+@dataclass(frozen=True)
+class PrefixWeight(Part):
+    """-sg[clip(low rho, 1 - clip_low, 1 + clip_high)] A logp, low = the smallest earlier ratio."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+    clip_low: float = 1.0
+    """1 or more: no lower bound."""
+    clip_high: float = 0.28
+    prefix: Literal["trajectory", "turn"] = "trajectory"
+    """What the earlier tokens are earlier tokens of."""
+
+    def __post_init__(self) -> None:
+        check_widths(self.clip_low, self.clip_high)
+
+    needs = LOGP, LOGP_OLD
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv"} | ({"turn_BT"} if self.prefix == "turn" else set()))
+
+    def lowest(self, log_BT: Tensor, b: Batch) -> Tensor:
+        """log of the smallest earlier ratio, 0 for a first token: [B, T]."""
+        if self.prefix == "trajectory":
+            return earlier_min(log_BT, b.mask_BT)
+        # Each turn is lifted above all later ones, so that the running minimum forgets what was before it.
+        turn_BT, span = b["turn_BT"], 1 + 2 * log_BT.abs().amax(1, keepdim=True)
+        lift_BT = -span * turn_BT
+        first_BT = torch.where(b.mask_BT, turn_BT, -1).cummax(1).values
+        before_BT = torch.nn.functional.pad(first_BT[:, :-1], (1, 0), value=-1) == turn_BT
+        return torch.where(before_BT, earlier_min(log_BT + lift_BT, b.mask_BT) - lift_BT, 0)
+
+    def weights(self, s: Streams, b: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """(low, low rho, w), [B, T] each, detached."""
+        log_BT = log_ratio(s, b).detach()
+        low_BT = self.lowest(log_BT, b)
+        free_BT = ratio(low_BT + log_BT)
+        return ratio(low_BT), free_BT, free_BT.clamp(1 - self.clip_low, 1 + self.clip_high)
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return -self.weights(s, b)[2] * b.per_token("adv") * s["logp_BT"]
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        low_BT, free_BT, weight_BT = self.weights(s, b)
+        return {
+            "ratio": ratio(log_ratio(s, b)),
+            "prefix_min_ratio": low_BT,
+            "unclipped_weight": free_BT,
+            "is_weight": weight_BT,
+            "clip_frac": weight_BT != free_BT,
+        }
+
+
+recipe = Recipe(
+    slug="minpro",
+    title="capped weight: the smallest earlier ratio times the token's own, for stale data",
+    level="token",
+    cite="Lei et al. 2026, arXiv 2601.22718",
+    evidence="idea read in the abstract; objective, stop-gradient and clip in a secondary summary; no code found",
+    deviations="clip widths are CISPO's: the paper's were not found",
+    advantage=(GroupNorm(eps=1e-6, ddof=1),),
+    terms=(Term(PrefixWeight(clip_low=1.0, clip_high=0.28), agg=TokenMean()),),
+    schedule=Schedule((Step(minibatches=4),)),
+    vectors=Vectors(
+        params={
+            "adv_eps": "advantage.eps",
+            "std_ddof": "advantage.ddof",
+            "eps_low": "terms.clip_low",
+            "eps_high": "terms.clip_high",
+        },
+        outputs={
+            name: partial(Trace.report, name=name) for name in ("prefix_min_ratio", "unclipped_weight", "is_weight")
+        },
+    ),
+)
