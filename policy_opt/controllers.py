@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from policy_opt.batch import Batch
 from policy_opt.part import Ctx, Part
 
 
+def current(value: Any, ctx: Ctx) -> float:
+    """A number as it is, a controller's value now."""
+    return float(value) if isinstance(value, int | float) else float(value.value(ctx))
+
+
 @dataclass(frozen=True)
 class Annealed(Part):
-    """From `start` to `end`, linearly over the first `iterations` iterations, then `end`."""
+    """start + p (end - start), p = min(begin + step / iterations, 1): linear, then `end`."""
 
     stage: ClassVar[str] = "coef"
     start: float
     end: float
     iterations: int
+    begin: float = 0.0
+    """Progress p at iteration 0, for a run that goes on from another."""
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, not {self.iterations}")
+        if not 0 <= self.begin <= 1:
+            raise ValueError(f"begin is in [0, 1], not {self.begin}")
 
     def value(self, ctx: Ctx) -> float:
         """The coefficient in this iteration."""
-        return self.start + (self.end - self.start) * min(ctx.step / self.iterations, 1.0)
+        progress = min(self.begin + ctx.step / self.iterations, 1.0)
+        return (1 - progress) * self.start + progress * self.end
 
 
 @dataclass(frozen=True)

@@ -147,10 +147,13 @@ class Trace:
                 columns |= own(self.inputs[name])
             else:
                 given = torch.tensor(self.inputs[name])
-                columns |= dict.fromkeys(own, given.double() if given.is_floating_point() else given)
+                if given.is_floating_point():
+                    given = torch.tensor(self.inputs[name], dtype=torch.float64)
+                columns |= dict.fromkeys(own, given)
         rows = len(next(iter(columns.values())))
         columns.setdefault("mask_BT", torch.ones(rows, 1))
         columns.setdefault("group_B", torch.zeros(rows, dtype=torch.long))
+        columns.setdefault("member_B", torch.arange(rows))
         if "correct_B" in columns:
             columns["correct_B"] = (columns["correct_B"] > 0.5).double()
         none_BT = torch.zeros_like(columns["mask_BT"], dtype=torch.float64)
