@@ -56,6 +56,13 @@ def groups(b: Batch, unit: str = "group_B") -> Groups:
 _ROW = frozenset({"reward_B", "group_B"})
 
 
+def norm_scale(g: Groups, eps: float, ddof: int) -> Tensor:
+    """std_g R + eps, with 1 for the std of a group of one: [Q]."""
+    std_Q = (g.sums(g.centred_B.square()) / (g.size_Q - ddof).clamp(min=1)).sqrt()
+    # With eps = 0 an all-equal group would be 0 / 0.
+    return torch.where((g.size_Q == 1) | (std_Q + eps == 0), 1.0, std_Q) + eps
+
+
 @dataclass(frozen=True)
 class GroupNorm(Part):
     """A_i = (R_i - mean_g R) / (std_g R + eps), the same on every token of the row (GRPO).
@@ -80,27 +87,28 @@ class GroupNorm(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         g = groups(b)
-        single_Q = g.size_Q == 1
-        std_Q = (g.sums(g.centred_B.square()) / (g.size_Q - self.ddof).clamp(min=1)).sqrt()
-        # With eps = 0 an all-equal group would be 0 / 0.
-        scale_Q = torch.where(single_Q | (std_Q + self.eps == 0), 1.0, std_Q) + self.eps
         top_B = g.centred_B
         if self.single == "reward":
-            top_B = torch.where(single_Q[g.index_B], g.reward_B, top_B)
-        return b.put(adv_B=top_B / scale_Q[g.index_B])
+            top_B = torch.where((g.size_Q == 1)[g.index_B], g.reward_B, top_B)
+        return b.put(adv_B=top_B / norm_scale(g, self.eps, self.ddof)[g.index_B])
 
 
 @dataclass(frozen=True)
 class GroupCentre(Part):
-    """A_i = R_i - mean_g R: no division by the spread (Dr. GRPO); a group of one gets 0."""
+    """A_i = R_i - mean_g R: no division by the spread (Dr. GRPO); a group of one gets 0 unless told otherwise."""
 
     stage: ClassVar[str] = "advantage"
+    single: Literal["reward", "zero"] = "zero"
+    """What the member of a group of one gets: 0, or R."""
 
     reads = _ROW
     writes = frozenset({"adv_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        return b.put(adv_B=groups(b).centred_B)
+        g = groups(b)
+        if self.single == "zero":
+            return b.put(adv_B=g.centred_B)
+        return b.put(adv_B=torch.where((g.size_Q == 1)[g.index_B], g.reward_B, g.centred_B))
 
 
 @dataclass(frozen=True)

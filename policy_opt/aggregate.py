@@ -68,6 +68,26 @@ class SequenceSum(Part):
 
 
 @dataclass(frozen=True)
+class ConstantSum(Part):
+    """Sum over all tokens, or rows, / constant: more rows weigh more (NFT)."""
+
+    stage: ClassVar[str] = "agg"
+    divisor: float = 1000.0
+
+    def __post_init__(self) -> None:
+        if self.divisor <= 0:
+            raise ValueError(f"divisor must be positive, not {self.divisor}")
+
+    def tokens(self, num_BT: Tensor, den_BT: Tensor) -> Tensor:
+        """num / divisor: [B, T]."""
+        return num_BT / self.divisor
+
+    def rows(self, num_BT: Tensor, den_BT: Tensor) -> Tensor:
+        """1 / divisor: [B]."""
+        return num_BT.new_full((num_BT.shape[0],), 1.0 / self.divisor)
+
+
+@dataclass(frozen=True)
 class ConstantLength(Part):
     """Sum over all tokens / (rows * length): a constant instead of the row's own length (Dr. GRPO)."""
 
