@@ -27,6 +27,8 @@ _MODULES = (
     "pairs",
     "preferences",
     "group_weights",
+    "progress",
+    "orders",
     "rewards",
     "schedule",
     "sources",
