@@ -113,10 +113,13 @@ class Recipe:
         found = list(walk(self.curriculum, "curriculum"))
         for stage in STAGES:
             found += walk(getattr(self, stage), stage)
-        found += walk(self.schedule, "schedule")
+        for number, step in enumerate(self.schedule.steps):
+            path = f"schedule.steps.{number}"
+            found += [*walk(step.source, f"{path}.source"), *walk(step.parts, f"{path}.parts")]
+            for term in step.terms or ():
+                found += walk(term, f"{path}.terms.{term.name}") if term.on else ()
         for term in self.terms:
-            if term.on:
-                found += walk(term, f"terms.{term.name}")
+            found += walk(term, f"terms.{term.name}") if term.on else ()
         return tuple(found)
 
     @cached_property
