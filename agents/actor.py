@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agents.batching import batch_of
+from agents.batching import batch_of, numbers_of
+from agents.carried import Carried
 from agents.chat import ChatFormat
 from agents.dist import World
 from agents.engines.base import Engine
@@ -16,6 +17,10 @@ from agents.trajectory import Trajectory
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
 from policy_opt.protocols import Ask, Job, JudgeFailure
+from policy_opt.sampling import RULES
+
+if TYPE_CHECKING:
+    from envs import Verdict
 
 
 class Player:
@@ -40,6 +45,7 @@ class Player:
         self.world = world or World()
         self.version = version
         self.pool = EnvPool(make_env)
+        self.carried = Carried()
 
     def __call__(
         self,
@@ -51,16 +57,20 @@ class Player:
     ) -> list[Trajectory]:
         """Trajectories in the order of the jobs. `on_progress` speaks of all processes."""
         self.engine.version = self.version()
-        mine = self.world.share(jobs)
+        homes = self.carried.homes(jobs, self.world.size)
+        mine = [job for job, home in zip(jobs, homes, strict=True) if home == self.world.rank]
+        kept = self.carried.take(mine, self.pool, self.limits)
         tell = self._scaled(on_progress, len(mine), len(jobs))
         with self.world.autocast():
             played = play(
                 mine, self.make_env, self.chat, self.engine, self.limits, self.seed if seed is None else seed,
-                None, tell, options=options, pool=self.pool,
+                None, tell, options=options, pool=self.pool, kept=kept,
             )  # fmt: skip
         self.engine.reset()
-        shares = self.world.gather(played)
-        return [shares[i % self.world.size][i // self.world.size] for i in range(len(jobs))]
+        shares = [iter(share) for share in self.world.gather(played)]
+        everything = [next(shares[home]) for home in homes]
+        self.carried.put(jobs, everything, homes, kept, options or {})
+        return everything
 
     def _scaled(self, on_progress: OnProgress | None, mine: int, total: int) -> OnProgress | None:
         """Progress of this process as an estimate of the whole."""
@@ -74,38 +84,47 @@ class LMActor:
     """`policy_opt.loop.Actor` for a language model.
 
     `played` holds the trajectories of the iteration so far, rejected groups included; `begin` empties it.
+
+    Args:
+        sample: a verdict of the environment, whose scores and numeric facts become columns from the first batch
+            on, whatever that one's verdicts hold.
     """
 
     columns: tuple[str, ...] | None = None
+    hooks = frozenset(RULES)
+    """Sampler rules that the engine serves."""
 
-    def __init__(self, player: Player, dtype: torch.dtype = torch.float32):
-        self.player, self.dtype = player, dtype
+    def __init__(self, player: Player, dtype: torch.dtype = torch.float32, sample: Verdict | None = None):
+        self.player, self.dtype, self.sample = player, dtype, sample
         self.scores: list[str] | None = None
         self.facts: list[str] | None = None
         self.played: list[Trajectory] = []
         self.on_progress: OnProgress | None = None
 
     def begin(self) -> None:
-        """Forget the trajectories of the last iteration."""
+        """Forget the trajectories of the last iteration, and unfinished ones that it did not go on with."""
         self.played = []
+        self.player.carried.grow_old(self.player.pool)
 
     def play(self, jobs: Sequence[Job]) -> Batch:
         """One row per episode (or segment of it), in the order of the jobs."""
         trajectories = self.player(jobs, on_progress=self.on_progress)
         self.played += trajectories
-        b = batch_of(trajectories, scores=self.scores, facts=self.facts, dtype=self.dtype)
         if self.facts is None:  # later batches get the same columns, so that rounds can be joined
-            self.scores = list(b.names.get("scores_BK", ()))
-            self.facts = sorted(fact_names(trajectories) & {c.removesuffix("_B") for c in b.cols})
-        return b
+            verdicts = [v for v in (self.sample, *(t.verdict for t in trajectories)) if v is not None]
+            self.scores = sorted({name for v in verdicts for name in v.scores})
+            self.facts = sorted({name for v in verdicts for name in numbers_of(v.facts)})
+        return batch_of(trajectories, scores=self.scores, facts=self.facts, dtype=self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which scores and facts are columns."""
-        return {"scores": self.scores, "facts": self.facts}
+        """Which scores and facts are columns, and the unfinished episodes."""
+        carried = self.player.carried.state_dict()
+        return {"scores": self.scores, "facts": self.facts, "carried": carried}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.scores, self.facts = state["scores"], state["facts"]
+        self.player.carried.load_state_dict(state.get("carried", []))
 
     def judge(self, asks: Sequence[Ask]) -> Sequence[str | JudgeFailure]:
         """There is no judge behind this actor: every ask fails, typed."""
@@ -130,11 +149,6 @@ def refuse_truncated(top_k: int, top_p: float, temperature: float) -> None:
         )
     if temperature <= 0:
         raise RecipeError(f"training needs a temperature above 0, got {temperature}")
-
-
-def fact_names(trajectories: Sequence[Trajectory]) -> set[str]:
-    """Names of all facts of these episodes' verdicts."""
-    return {name for t in trajectories if t.verdict is not None for name in t.verdict.facts}
 
 
 def facts_mean(trajectories: Sequence[Trajectory], name: str) -> float | None:

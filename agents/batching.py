@@ -17,7 +17,7 @@ from policy_opt.batch import Batch
 
 OWN = (
     "reward_B", "correct_B", "length_B", "turns_B", "truncated_B", "failed_B", "finished_B", "temperature_B",
-    "answer_B", "first_call_B", "level_B", "window_start_B",
+    "answer_B", "first_call_B", "level_B",
 )  # fmt: skip
 """Columns of one number per row that every batch has; a fact of one of these names is left out."""
 
@@ -43,8 +43,6 @@ def batch_of(
             process or run; -1 where there is no answer.
         first_call_B: sampled tokens of the trajectory before its first tool call; -1 where there is no call.
         level_B: difficulty level of the task. temperature_B: that its tokens are scored at.
-    and one of the row itself:
-        window_start_B: first position of the last stretch of play; 0 unless the trajectory was gone on with.
     Units: parent_B is the row that a segment continues, -1 for first segments; segment_BT counts within the
     trajectory. Per-token entries are 0 (False) on padding, sampler log-probs also where mask_BT is False.
 
@@ -61,7 +59,6 @@ def batch_of(
     ledgers = _ledgers(trajectories)
     rows = [(i, j, s) for i, ledger in enumerate(ledgers) for j, s in enumerate(ledger.segments)]
     first = np.cumsum([0, *(len(ledger.segments) for ledger in ledgers)])
-    windows = [_window_start(trajectories[i].window, j, len(s)) for i, j, s in rows]
     owner_B = torch.tensor([i for i, _, _ in rows])
     units = {
         "group_B": torch.tensor([t.group for t in trajectories])[owner_B],
@@ -77,7 +74,6 @@ def batch_of(
         **tokens,
         **units,
         segment_BT=torch.where(tokens["real_BT"], number_B1, 0),
-        window_start_B=torch.tensor(windows),
         **{name: value[owner_B] for name, value in columns.items()},
         names=names,
     )
@@ -119,13 +115,6 @@ def _token_columns(segments: Sequence[Segment], dtype: torch.dtype) -> dict[str,
     }
 
 
-def _window_start(window: tuple[int, int], segment: int, length: int) -> int:
-    """Where a segment's part in the last stretch of play begins: nowhere, at a place, or at its start."""
-    if segment < window[0]:
-        return length
-    return window[1] if segment == window[0] else 0
-
-
 def answer_number(key: Any) -> int:
     """A number that stands for an answer, the same wherever the answer comes up; -1 for none.
 
@@ -145,7 +134,7 @@ def _verdict_columns(
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     """Columns of one number per trajectory, scores [trajectories, K], and the names of the scores."""
     score_maps = [t.verdict.scores if t.verdict is not None else {} for t in trajectories]
-    fact_maps = [_numbers(t.verdict.facts) if t.verdict is not None else {} for t in trajectories]
+    fact_maps = [numbers_of(t.verdict.facts) if t.verdict is not None else {} for t in trajectories]
     score_names = tuple(scores) if scores is not None else tuple(sorted(set().union(*score_maps)))
     fact_names = tuple(facts) if facts is not None else tuple(sorted(set().union(*fact_maps)))
     numbers: dict[str, list[float]] = {
@@ -180,6 +169,6 @@ def _verdict_columns(
     return columns, {"scores_BK": score_names}
 
 
-def _numbers(facts: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(facts: Mapping[str, Any]) -> dict[str, float]:
     """Those facts that are numbers; True counts as 1."""
     return {name: float(value) for name, value in facts.items() if isinstance(value, Real)}

@@ -66,7 +66,7 @@ class Episode:
             self.result.task_id = str(info.get("task_id", ""))
             self.result.level = int(info.get("level", options.get("level") or 0))
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     def say(self, text: str, stop: str) -> None:
         """Give a turn to the environment."""
@@ -86,7 +86,7 @@ class Episode:
         except Exception as error:
             if len(self.result.turns) == turn:
                 self.result.turns.append(TurnInfo(text, stop=stop))
-            self._fail(error)
+            self.fail(error)
 
     def finish(self, reason: str) -> None:
         """End the episode from the agent's side; it is graded as it stands."""
@@ -98,7 +98,7 @@ class Episode:
                 self.result.turns[-1] = replace(self.result.turns[-1], reward=float(reward))
             self._conclude({"stop_reason": reason, **info})
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
 
     def _conclude(self, info: Mapping[str, Any]) -> None:
         self.over = True
@@ -109,7 +109,8 @@ class Episode:
         if not self.result.level and isinstance(facts.get("level"), int):
             self.result.level = facts["level"]
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End the episode for what went wrong in its environment."""
         self.over = self.broken = True
         self.result.verdict = None
         self.result.reward = self.limits.error_reward

@@ -6,8 +6,10 @@ the right; under causal attention padding cannot reach a real token, so no atten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from agents.critic import trunk_of
@@ -35,6 +37,11 @@ class Positions:
         """The places where a mask is set; a row's first token has no prediction and is left out."""
         row_N, time_N = wanted_bT[:, 1:].nonzero(as_tuple=True)
         return cls(row_N, time_N + 1)
+
+    @classmethod
+    def join(cls, places: Sequence[Positions]) -> Positions:
+        """All of them, one after the other."""
+        return cls(torch.cat([p.row_N for p in places]), torch.cat([p.time_N for p in places]))
 
     def __len__(self) -> int:
         return self.row_N.numel()

@@ -19,12 +19,13 @@ from agents.config import OptimConfig
 from agents.dist import World
 from agents.forward import Convention
 from agents.packing import Chunk, Part, plan
+from agents.pairing import mismatched
 from agents.prefix import can_share
 from agents.streams import SCALARS, Models, Piece, Streams, Work, backward
 from policy_opt.bank import ModelSpec, Optim
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
-from policy_opt.need import Hidden, LogProb, Need, TopKIds, TopKLogProb, Value
+from policy_opt.need import Hidden, LogProb, Mismatched, Need, TopKIds, TopKLogProb, Value
 from policy_opt.protocols import Pull
 
 
@@ -80,6 +81,18 @@ class LMLearner:
     @torch.no_grad()
     def score(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         """Every need's quantity for every row, without gradient: `[B, T]` (or `[B, T, K]`), zero where not asked."""
+        out: dict[str, Tensor] = {}
+        for view in dict.fromkeys(need.view for need in needs):
+            some = [need for need in needs if need.view == view]
+            if isinstance(view, Mismatched):
+                mixed = mismatched(b, view.shift)
+                out |= mixed.place(self._score(mixed.batch, some))
+            else:
+                out |= self._score(b, some)
+        return out
+
+    def _score(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
+        """Quantities of the batch's rows as they stand."""
         out = self._blank(b, needs)
         everyone_B = torch.ones(b.B, dtype=torch.bool, device=b.tokens_BT.device)
         for chunk in self._plan(b, needs, everyone_B):

@@ -9,6 +9,8 @@ Turns that are cut:
   worth. If play goes on, the turn is closed with tokens that are not the policy's.
 - Where the context is full, what was said is given to the environment; if that does not end the episode, it
   is ended with `context` and graded as it stands.
+- Where a job's own token budget is used up, the episode is left as it stands, perhaps in the middle of a turn:
+  unfinished, without a verdict. A later job may go on with it, under the policy of then.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from agents.chat import ChatFormat, Messages, text_of
-from agents.engines.base import Engine, Key, Sampled, Speaker
+from agents.chat import ChatFormat
+from agents.engines.base import Engine, Key, Speaker
 from agents.episode import EnvPool, Episode, Limits, MakeEnv, key_of
-from agents.ledger import Ledger, common_prefix
+from agents.playing import Playing
 from agents.trajectory import Trajectory
 from policy_opt.protocols import Job
 
@@ -45,75 +47,8 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-class Playing:
-    """An episode between chat format and engine: its tokens."""
-
-    def __init__(self, episode: Episode, chat: ChatFormat, engine: Engine, limits: Limits, version: int) -> None:
-        self.episode, self.chat, self.engine, self.limits = episode, chat, engine, limits
-        self.key = key_of(episode.job)
-        self.ledger = Ledger()
-        self.room = min(limits.max_context, engine.max_context)
-        self.turn = Sampled((), (), "stop")
-        result = episode.result
-        result.ledger, result.version = self.ledger, version
-        result.sampler = getattr(engine, "params", result.sampler)
-
-    def open(self) -> None:
-        """Feed the opening and ask for the first turn."""
-        episode = self.episode
-        if episode.over:
-            return
-        ids = self.chat.opening(episode.messages, episode.tools)
-        if episode.job.hint is None:
-            self._feed(ids)
-        else:
-            hinted = self.chat.opening(with_hint(episode.messages, episode.job.hint), episode.tools)
-            self._feed(hinted, privileged=_added(ids, hinted))
-
-    def hear(self, turn: Sampled) -> None:
-        """Record a sampled turn."""
-        self.turn = turn
-        self.ledger.act(turn.ids, turn.logps, len(self.episode.result.turns), self.episode.result.version)
-
-    def speak(self) -> None:
-        """Give the turn to the environment. Touches nothing shared, so that threads may do it."""
-        if self.turn.ids:
-            self.episode.say(self.chat.decode(self.turn.ids), self.turn.stop)
-
-    def follow(self) -> None:
-        """Feed what the environment answered and ask for the next turn, or end for want of room."""
-        episode, stop = self.episode, self.turn.stop
-        if episode.over:
-            return
-        if stop == "context":
-            episode.finish("context")
-            return
-        new = len(episode.obs["messages"])
-        history, messages = episode.messages[: len(episode.messages) - new], episode.obs["messages"]
-        if self.chat.rewrites(history, messages, episode.tools):
-            self.engine.close(self.key)
-            self._feed(self.chat.opening(episode.messages, episode.tools), branch=True)
-        else:
-            self._feed(self.chat.continuation(
-                messages, history=history, tools=episode.tools, stopped=stop == "stop"
-            ))  # fmt: skip
-
-    def _feed(self, ids: Sequence[int], *, branch: bool = False, privileged: range = range(0)) -> None:
-        held = 0 if branch else len(self.ledger.segments[-1])
-        if held + len(ids) >= self.room:
-            self.episode.finish("context")
-            return
-        turn, cut = len(self.episode.result.turns), (privileged.start, privileged.stop)
-        if branch:
-            self.ledger.branch(ids, turn)
-        else:
-            self.ledger.observe(ids[: cut[0]], turn)
-            self.ledger.observe(ids[cut[0] : cut[1]], turn, privileged=True)
-            self.ledger.observe(ids[cut[1] :], turn)
-        job = self.episode.job
-        stream = (self.episode.result.seed, job.group, job.member, turn)
-        budget = min(self.limits.max_new_tokens, self.room - held - len(ids))
-        self.engine.turn(self.key, ids, stream, budget)
+Kept = dict[Key, Episode]
+"""Unfinished episodes by name, their environments in mid-episode."""
 
 
 def play(
@@ -129,6 +64,7 @@ def play(
     options: Mapping[str, Any] | None = None,
     workers: int = 0,
     pool: EnvPool | None = None,
+    kept: Kept | None = None,
 ) -> list[Trajectory]:
     """Play all jobs; the trajectories stand in the order of the jobs.
 
@@ -146,18 +82,21 @@ def play(
         options: further reset options (`level`, ...).
         workers: threads that step environments; 0 steps them in turn, which is faster below ~1 ms a step.
         pool: environments kept between calls; None makes them anew and closes them at the end.
+        kept: unfinished episodes; jobs with `resume` take theirs from here, those whose budget is used up are put
+            here. None: nobody will go on with them.
 
     Raises:
-        ValueError: two jobs of one name, or a job that asks for more than a fresh episode.
+        ValueError: two jobs of one name, or a job that asks for what a rollout cannot do.
         ChatFormatError: the chat template cannot render this environment's messages.
     """
-    _check(jobs)
+    kept = {} if kept is None else kept
+    _check(jobs, kept)
     engines = list(engine) if isinstance(engine, Sequence) else [engine]
     own = EnvPool(make_env) if pool is None else pool
     tally = _Tally(len(jobs), on_progress)
     run = partial(
         _play_share, chat=chat, limits=limits, seed=seed, version=version, options=options or {},
-        workers=workers, pool=own, tally=tally,
+        workers=workers, pool=own, tally=tally, kept=kept,
     )  # fmt: skip
     shares = _shares(jobs, len(engines))
     if len(engines) == 1:
@@ -191,19 +130,24 @@ def _play_share(
     workers: int,
     pool: EnvPool,
     tally: _Tally,
+    kept: Kept,
 ) -> dict[Key, Trajectory]:
-    """Play jobs on one engine: admit, sample, step, until all are over."""
+    """Play jobs on one engine: admit, sample, step, until all are over or cut off."""
     engine.reset()
     version = engine.version if version is None else version
     waiting, running, finished = deque(jobs), dict[Key, Playing](), dict[Key, Trajectory]()
     with _each(workers) as each:
         while waiting or running:
+            admitted = [waiting.popleft() for _ in range(min(len(waiting), engine.rows - len(running)))]
             fresh = [
-                Playing(Episode(waiting.popleft(), pool.take(), seed, limits), chat, engine, limits, version)
-                for _ in range(min(len(waiting), engine.rows - len(running)))
-            ]
+                Playing(
+                    kept.pop(key_of(job)) if job.resume else Episode(job, pool.take(), seed, limits),
+                    job, chat, engine, limits, version,
+                )
+                for job in admitted
+            ]  # fmt: skip
             running |= {p.key: p for p in fresh}
-            each(lambda p: p.episode.reset(options), fresh)
+            each(lambda p: p.episode.reset(options), [p for p in fresh if not p.job.resume])
             for p in fresh:
                 p.open()
             heard = []
@@ -213,12 +157,16 @@ def _play_share(
             each(Playing.speak, heard)
             for p in heard:
                 p.follow()
-            over = {p.key: p for p in (*fresh, *heard) if p.episode.over}
+            over = {p.key: p for p in (*fresh, *heard) if p.episode.over or p.cut}
             for p in over.values():
                 engine.close(p.key)
                 finished[p.key] = running.pop(p.key).episode.result
-                pool.give(p.episode.env, broken=p.episode.broken)
-            tally.add(len(over), sum(len(p.turn.ids) for p in heard))
+                if p.episode.over:
+                    pool.give(p.episode.env, broken=p.episode.broken)
+                else:
+                    p.leave()
+                    kept[p.key] = p.episode
+            tally.add(len(over), sum(p.heard for p in heard))
     return finished
 
 
@@ -254,7 +202,7 @@ def play_text(
     A speaker that fails (`Said.stop` is `error:...`) ends its episode with that stop reason; it is graded as
     it stands.
     """
-    _check(jobs)
+    _check(jobs, {}, text=True)
     own = EnvPool(make_env) if pool is None else pool
     tally = _Tally(len(jobs), on_progress)
 
@@ -288,31 +236,19 @@ def _converse(episode: Episode, speaker: Speaker, limits: Limits) -> int:
     return tokens
 
 
-def with_hint(messages: Messages, hint: str) -> list[dict[str, Any]]:
-    """The conversation with privileged text after its last user message (as a message of its own if none)."""
-    out = [dict(m) for m in messages]
-    for message in reversed(out):
-        if message["role"] == "user":
-            message["content"] = f"{text_of(message['content'])}\n\n{hint}"
-            return out
-    return [*out, {"role": "user", "content": hint}]
-
-
-def _added(plain: Sequence[int], hinted: Sequence[int]) -> range:
-    """Which of `hinted`'s tokens are not in `plain`: what lies between their common beginning and common end."""
-    start = common_prefix(plain, hinted)
-    return range(start, len(hinted) - common_prefix(plain[start:][::-1], hinted[start:][::-1]))
-
-
-def _check(jobs: Sequence[Job]) -> None:
+def _check(jobs: Sequence[Job], kept: Kept, text: bool = False) -> None:
     seen: set[Key] = set()
     for job in jobs:
         if key_of(job) in seen:
             raise ValueError(f"two jobs are called (group, member) = {key_of(job)}")
         seen.add(key_of(job))
-        for what in ("edit", "resume", "demo", "rescore"):
+        for what in ("edit", "demo", "rescore", *(("resume", "budget") if text else ())):
             if getattr(job, what):
-                raise ValueError(f"job {key_of(job)} asks for `{what}`; a rollout plays fresh episodes")
+                raise ValueError(f"job {key_of(job)} asks for `{what}`, which a rollout{' in text' * text} cannot do")
+        if job.resume and key_of(job) not in kept:
+            raise ValueError(f"job {key_of(job)} is to go on with an episode, but no unfinished one has that name")
+        if job.budget is not None and job.budget < 1:
+            raise ValueError(f"job {key_of(job)} has a budget of {job.budget} tokens; it must be at least 1")
 
 
 @contextmanager

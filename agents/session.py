@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +25,10 @@ from agents.optim import seeded
 from agents.rollout import Limits, MakeEnv
 from policy_opt.errors import RecipeError
 from policy_opt.loop import Loop, RunSize
-from policy_opt.protocols import Sampler
 from policy_opt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from envs import Verdict
 
 
 @dataclass
@@ -84,16 +86,45 @@ def env_maker(spec: str, arguments: Mapping[str, Any]) -> MakeEnv:
     return make
 
 
-def env_facts(make_env: MakeEnv, most_tasks: int) -> tuple[int, float]:
-    """Training tasks (at most so many) and the lowest reward. UsageError where there is nothing to train on."""
+def env_facts(make_env: MakeEnv, most_tasks: int) -> tuple[int, float, Verdict | None]:
+    """Training tasks (at most so many), the lowest reward, and a verdict: of a task that nobody worked on.
+
+    Raises UsageError where there is nothing to train on.
+    """
     env = make_env().unwrapped
     try:
         known = env.task_count("train") if "train" in env.splits else 0
         if known == 0:
             raise UsageError(f"{env.name or type(env).__name__} has no training tasks: it is for evaluation only")
-        return min(most_tasks, known or most_tasks), env.lowest_reward
+        return min(most_tasks, known or most_tasks), env.lowest_reward, _sample(env)
     finally:
         env.close()
+
+
+def _sample(env: Any) -> Verdict | None:
+    """The verdict on doing nothing; None where the environment fails even at that, which the rollout will count."""
+    try:
+        env.reset(seed=0, options={"index": 0, "split": "train"})
+        return env.finish("unplayed")[1]["verdict"]
+    except Exception:
+        return None
+
+
+def with_temperature(recipe: Recipe, temperature: float) -> Recipe:
+    """The recipe with the run's temperature in the place of its own, where it has the usual 1.
+
+    Raises RecipeError where both name one and they differ.
+    """
+    own = recipe.sampler.temperature
+    if own not in (1.0, temperature) and temperature != 1.0:
+        raise RecipeError(
+            f"{recipe.slug}: the recipe samples at temperature {own}, --rollout.temperature says {temperature}; "
+            f"leave the option out, or change the recipe with --set sampler.temperature={temperature}"
+        )
+    if temperature == 1.0 or own == temperature:
+        return recipe
+    phases = tuple(replace(phase, recipe=with_temperature(phase.recipe, temperature)) for phase in recipe.phases)
+    return recipe.replace(sampler=replace(recipe.sampler, temperature=temperature), phases=phases)
 
 
 def build(config: TrainConfig, world: World) -> Session:
@@ -101,14 +132,11 @@ def build(config: TrainConfig, world: World) -> Session:
     recipe = policy_opt.get(config.algo)
     recipe = recipe.set(*config.set) if config.set else recipe
     recipe.check()
-    if recipe.sampler != Sampler():
-        raise RecipeError(
-            f"{recipe.slug}: a recipe's own sampler ({recipe.sampler}) is not served by the language-model actor; "
-            f"set the temperature of sampler and trainer with --rollout.temperature"
-        )
-    refuse_truncated(config.rollout.top_k, config.rollout.top_p, config.rollout.temperature)
+    recipe = with_temperature(recipe, config.rollout.temperature)
+    temperature = (recipe.phases[0].recipe if recipe.phases else recipe).sampler.temperature
+    refuse_truncated(config.rollout.top_k, config.rollout.top_p, temperature)
     make_env = env_maker(config.env, env_arguments(config))
-    tasks, lowest = env_facts(make_env, config.train_tasks)
+    tasks, lowest, sample = env_facts(make_env, config.train_tasks)
     dtype = DTYPES["float64" if config.dtype == "float64" else "float32"]
     model, tokenizer = load_model(config.model, dtype)
     model.to(world.device)
@@ -116,14 +144,14 @@ def build(config: TrainConfig, world: World) -> Session:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
-        player = _player(config, world, make_env, model, chat, lowest)
-    convention = Convention(config.rollout.temperature, tuple(chat.banned_ids))
+        player = _player(config, world, make_env, model, chat, lowest, temperature)
+    convention = Convention(temperature, tuple(chat.banned_ids))
     learner = LMLearner(
         model, seeded(config.optim, config.seed), convention=convention, world=world,
         micro_tokens=micro_tokens(config, model),
     )  # fmt: skip
     player.version = lambda: learner.version
-    actor = LMActor(player, dtype)
+    actor = LMActor(player, dtype, sample)
     size = RunSize(tasks, config.groups, config.group_size, config.seed)
     loop = Loop(recipe, actor, learner, size)
     notes = tuple(str(w.message) for w in caught)
@@ -146,10 +174,16 @@ def max_context(config: TrainConfig, model: Any) -> int:
 
 
 def _player(
-    config: TrainConfig, world: World, make_env: MakeEnv, model: Any, chat: ChatFormat, error_reward: float
+    config: TrainConfig,
+    world: World,
+    make_env: MakeEnv,
+    model: Any,
+    chat: ChatFormat,
+    error_reward: float,
+    temperature: float,
 ) -> Player:
     r, context = config.rollout, max_context(config, model)
-    params = SampleParams(r.temperature, r.top_k, r.top_p, r.max_new_tokens)
+    params = SampleParams(temperature, r.top_k, r.top_p, r.max_new_tokens)
     engine = HFEngine(
         model, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params,
         rows=max(1, -(-r.rows // world.size)), max_context=context,

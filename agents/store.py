@@ -282,7 +282,6 @@ def unpack(payload: bytes) -> Stored:
     head["turns"] = [TurnInfo(**{**t, "calls": tuple(t["calls"]), "errors": tuple(t["errors"])}) for t in head["turns"]]
     head["verdict"] = None if head["verdict"] is None else Verdict(**head["verdict"])
     head["sampler"] = SampleParams(**head["sampler"])
-    head["window"] = tuple(head.get("window", (0, 0)))
     ledger = None if segments is None else Ledger(segments)
     return Stored(Trajectory(ledger=ledger, **head), columns, extra)
 

@@ -18,7 +18,7 @@ from agents.packing import Chunk, Part
 from agents.prefix import Openings
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
-from policy_opt.need import Entropy, Hidden, KLTo, LogProb, Need, Same, TopKIds, TopKLogProb, Value
+from policy_opt.need import Entropy, Hidden, KLTo, LogProb, Mismatched, Need, Same, TopKIds, TopKLogProb, Value
 
 SCALARS = (LogProb, Entropy, KLTo, Value)
 """Quantities that are one number per token: streams, which a gradient can be taken of."""
@@ -34,15 +34,17 @@ class Models:
     convention: Convention
     world: World
 
-    def head(self, name: str) -> Head:
-        """The model's head under the sampler's convention."""
-        return Head.of(self.bank[name].model, self.convention.temperature, self.convention.banned)
+    def head(self, name: str, temperature: float) -> Head:
+        """The model's head under the sampler's convention, at some rows' temperature."""
+        return Head.of(self.bank[name].model, temperature, self.convention.banned)
 
     def check(self, need: Need) -> None:
         """RecipeError where a need cannot be served."""
         model = self.bank[need.model].model
-        if not isinstance(need.view, Same):
+        if not isinstance(need.view, (Same, Mismatched)):
             raise RecipeError(f"`{need.name}`: this learner has no view {need.view!r}")
+        if isinstance(need.view, Mismatched) and (need.when == "loss" or need.where != "actions"):
+            raise RecipeError(f"`{need.name}`: mismatched pairs are scored without gradient, on policy tokens only")
         if isinstance(need.what, Value) != isinstance(model, Critic) and not isinstance(need.what, Hidden):
             has = "values, no log-probs" if isinstance(model, Critic) else "no value head"
             raise RecipeError(f"`{need.name}` asks {need.what!r} of model `{need.model}`, which has {has}")
@@ -97,6 +99,8 @@ class Piece:
         opening_RT = real_RT & (mask_RT.cumsum(1) == 0)
         self.places = {"actions": mask_RT, "prompt": opening_RT, "all": real_RT}
         self.trunks: dict[str, Tensor] = {}
+        usual = work.models.convention.temperature
+        self.temperature_R = some["temperature_B"].tolist() if "temperature_B" in some else [usual] * some.B
 
     def streams(self, needs: Sequence[Need]) -> Streams:
         """Every need's values and where they stand."""
@@ -105,9 +109,20 @@ class Piece:
             groups.setdefault((need.model, need.where), []).append(need)
         out: Streams = {}
         for (model, where), group in groups.items():
-            at = Positions.where(self.places[where])
-            out |= {name: (value, at) for name, value in self._evaluate(model, at, group).items()}
+            out |= self._at_each_temperature(model, self.places[where], group)
         return out
+
+    def _at_each_temperature(self, model: str, wanted_RT: Tensor, needs: Sequence[Need]) -> Streams:
+        """Quantities of one model where they are wanted; rows of one temperature together."""
+        found: list[Streams] = []
+        for temperature in sorted(set(self.temperature_R)):
+            here_R = torch.tensor([t == temperature for t in self.temperature_R], device=wanted_RT.device)
+            at = Positions.where(wanted_RT & here_R[:, None])
+            found.append({n: (value, at) for n, value in self._evaluate(model, at, needs, temperature).items()})
+        if len(found) == 1:
+            return found[0]
+        at = Positions.join([next(iter(streams.values()))[1] for streams in found])
+        return {need.name: (torch.cat([streams[need.name][0] for streams in found]), at) for need in needs}
 
     def _before(self, name: str, at: Positions) -> Tensor:
         """Hidden states of a model that predict the tokens at some places, `[N, H]`."""
@@ -125,7 +140,7 @@ class Piece:
         own_RS = self.tokens_RT.gather(1, time_RS.clamp(max=width - 1))
         return own_RS[:, : int((self.places["all"].sum(1) - self.offset_R).max())].reshape(rows, -1)
 
-    def _evaluate(self, name: str, at: Positions, needs: Sequence[Need]) -> dict[str, Tensor]:
+    def _evaluate(self, name: str, at: Positions, needs: Sequence[Need], temperature: float) -> dict[str, Tensor]:
         """Quantities `[N, ...]` of one model at some places; distributions in one pass over the head."""
         models, hidden_NH = self.work.models, self._before(name, at)
         out: dict[str, Tensor] = {}
@@ -141,14 +156,14 @@ class Piece:
             elif isinstance(what, KLTo):
                 with torch.no_grad():
                     other_NH = self._before(what.model, at)
-                asked[need.name] = ExactKL(other_NH, models.head(what.model))
+                asked[need.name] = ExactKL(other_NH, models.head(what.model, temperature))
             elif isinstance(what, (TopKLogProb, TopKIds)):
-                pair = top_k(models.head(name), hidden_NH, what.k)
+                pair = top_k(models.head(name, temperature), hidden_NH, what.k)
                 out[need.name] = pair[0] if isinstance(what, TopKLogProb) else pair[1]
             else:
                 out[need.name] = hidden_NH
         if asked:
-            values_FN = evaluate(models.head(name), hidden_NH, list(asked.values()))
+            values_FN = evaluate(models.head(name, temperature), hidden_NH, list(asked.values()))
             out |= dict(zip(asked, values_FN, strict=True))
         return out
 

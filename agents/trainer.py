@@ -123,7 +123,9 @@ class Trainer:
                 extra[fact] = mean
         sampled = sum(t.length for t in played)
         extra["episodes"] = len(played)
-        extra["no_verdict"] = sum(t.verdict is None for t in played) / max(1, len(played))
+        extra["no_verdict"] = sum(t.verdict is None and not t.unfinished for t in played) / max(1, len(played))
+        if any(t.unfinished for t in played):
+            extra["unfinished"] = sum(t.unfinished for t in played) / len(played)
         extra["trained_tokens"] = int(batch.real_BT.sum())
         extra["tokens_per_second"] = round(sampled / max(seconds, 1e-9), 1)
         extra["lr"] = self.session.learner.lr

@@ -72,8 +72,6 @@ class Trajectory:
     """Sampled tokens before the one that begins the first tool call; None where there is no call."""
     unfinished: bool = False
     """Cut off by its token budget, to be gone on with: no verdict yet."""
-    window: tuple[int, int] = (0, 0)
-    """Segment and place in it from which on the tokens are of the last stretch of play; (0, 0): all are."""
 
     @property
     def length(self) -> int:

@@ -70,10 +70,18 @@ class Curriculum(Part):
     """Members sampled in excess of the group size."""
     resume: bool = False
     """Go on in the next iteration with rows whose finished_B is 0, in place of new tasks."""
+    window: int | None = None
+    """Tokens that an episode may sample in one iteration; what is cut off has finished_B 0. Needs `resume`."""
 
     def __post_init__(self) -> None:
         if self.max_rounds < 1 or self.extra < 0:
             raise ValueError(f"max_rounds >= 1 and extra >= 0, not {self.max_rounds}, {self.extra}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window is at least 1 token, not {self.window}")
+
+    def check(self) -> None:
+        if self.window is not None and not self.resume:
+            raise ValueError("a window cuts episodes off, and with resume=False nobody goes on with them")
 
     @property
     def facts(self) -> frozenset[str]:

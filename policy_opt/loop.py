@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,10 +138,11 @@ class Loop:
         for _, part in recipe.parts:
             sampler = part.sampling(sampler, ctx)
         size = self.size.group_size + curriculum.extra
-        jobs = [Job(*ids, split, resume=True, sampler=sampler) for ids in curriculum.unfinished(ctx)]
+        job = partial(Job, split=split, sampler=sampler, budget=curriculum.window)
+        jobs = [job(*ids, resume=True) for ids in curriculum.unfinished(ctx)]
         fresh = max(groups - -(-len(jobs) // size), 0)
         for task in curriculum.order(fresh, self.size.tasks, ctx) if fresh else ():
-            jobs += [Job(task, self.next_group, member, split, sampler=sampler) for member in range(size)]
+            jobs += [job(task, self.next_group, member) for member in range(size)]
             self.next_group += 1
         return jobs
 

@@ -65,6 +65,8 @@ class Job:
     """Privileged text for the opening prompt; never in evaluation."""
     resume: bool = False
     """Go on with the unfinished episode of the same (group, member)."""
+    budget: int | None = None
+    """Tokens to sample now at most; the episode is then left unfinished, to be gone on with in a later call."""
     demo: bool = False
     """Return a demonstration of the task: its policy tokens are the demonstrator's."""
     rescore: bool = False

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from policy_opt.protocols import Sampler
+
 Key = tuple[int, ...]
 """Name of a row, for instance (group, member). Order of admission and of results is the order of keys."""
 
@@ -69,8 +71,13 @@ class Engine(Protocol):
     version: int
     """Version of the policy that samples."""
 
-    def turn(self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int) -> None:
-        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by `seed`."""
+    def turn(
+        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+    ) -> None:
+        """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by `seed`.
+
+        `sampler`: temperature, and a rule that sets every token's own, in place of the engine's.
+        """
 
     def run(self) -> list[tuple[Key, Sampled]]:
         """Advance until at least one row finished its turn; [] if none has a turn to finish. Ordered by key."""

@@ -27,6 +27,7 @@ from agents.engines.rows import Decoding, Row
 from agents.engines.sampling import banned_row, draw
 from agents.engines.slots import ATTENTION, Slots, attention_of
 from agents.ledger import common_prefix
+from policy_opt.protocols import Sampler
 
 _MIN_PREFIX = 16  # a shared prefix shorter than this is not worth a forward of its own
 _FED_TOKENS = 4096  # environment tokens per forward; bounds the attention mask's size
@@ -86,9 +87,11 @@ class HFEngine:
 
     # ------------------------------------------------------------------ protocol
 
-    def turn(self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int) -> None:
+    def turn(
+        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+    ) -> None:
         """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by
-        `seed`.
+        `seed`; `sampler` in place of the engine's temperature.
 
         Raises:
             ValueError: the row is in the middle of a turn, or a new row is fed nothing.
@@ -100,7 +103,7 @@ class HFEngine:
             raise ValueError(f"row {key} is new and was fed no tokens")
         row.ids.extend(ids)
         row.budget = min(max_new_tokens, self.max_context - len(row.ids))
-        row.seed, row.busy = seed, True
+        row.seed, row.sampler, row.busy = seed, sampler, True
         (self._waiting if row.budget > 0 else self._full)[key] = row
 
     def run(self) -> list[tuple[Key, Sampled]]:
@@ -170,7 +173,7 @@ class HFEngine:
         if not self._decoding.rows and not begun:  # a long text that is fed in parts
             return []
         slot_R, u_R = self._decoding.current()
-        id_R, logp_R = draw(logits_RV, u_R, self.params, self._banned_V)
+        id_R, logp_R = draw(logits_RV, u_R, self.params, self._banned_V, self._decoding.samplers())
         return [self._finish(*over) for over in self._decoding.record(slot_R, id_R, logp_R)]
 
     def _forward(self, plan: Plan) -> Tensor:

@@ -32,9 +32,10 @@ def recompute_turns(
     ids: list[list[int]] = [[] for _ in rows]
     logps: list[list[float]] = [[] for _ in rows]
     live = set(range(len(rows)))
+    samplers = [row.sampler for row in rows]
     for step in range(longest):
         out = model(input_ids=tokens, use_cache=True, **cache)
-        id_R, logp_R = draw(out.logits[:, -1], u_RM[:, step], params, banned_V)
+        id_R, logp_R = draw(out.logits[:, -1], u_RM[:, step], params, banned_V, samplers)
         drawn = zip(id_R.tolist(), logp_R.tolist(), strict=True)
         for i, (token, logp) in enumerate(drawn):
             if i in live:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.engines.base import Key
 from agents.engines.sampling import uniforms
+from policy_opt.protocols import Sampler
 
 
 @dataclass(eq=False)
@@ -30,6 +31,8 @@ class Row:
     """Tokens that the current turn may sample."""
     seed: Key = ()
     """Names the current turn's random stream."""
+    sampler: Sampler | None = None
+    """How the current turn is drawn; None: as the engine's own settings say."""
     busy: bool = False
     """Whether a turn has been asked for and not finished."""
     origin: int = 0
@@ -117,6 +120,10 @@ class Decoding:
         begun = torch.tensor([row.slot for row in self._begun], dtype=torch.long, device=self.device)
         slot_R = torch.cat([self.slot_D, begun]) if self._begun else self.slot_D
         return slot_R, self._u_SM[slot_R, self._count_S[slot_R]]
+
+    def samplers(self) -> list[Sampler | None]:
+        """Of the rows that `current` names."""
+        return [row.sampler for row in (*self.rows, *self._begun)]
 
     def record(self, slot_R: Tensor, id_R: Tensor, logp_R: Tensor) -> list[tuple[Row, list[int], list[float]]]:
         """Note the drawn tokens; returns and drops the rows whose turn is over, with their ids and log-probs."""

@@ -12,6 +12,7 @@ from agents.chat import ChatFormat
 from agents.engines.base import Key, Sampled, SampleParams
 from agents.engines.hf import HFEngine
 from envs import ChatEnv, Reply, Task, Verdict, fingerprint
+from policy_opt.protocols import Sampler
 
 torch.set_num_threads(1)
 
@@ -54,9 +55,11 @@ class Noting:
         self.open: dict[Key, list[int]] = {}
         self.closed: dict[Key, list[list[int]]] = {}
 
-    def turn(self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int) -> None:
+    def turn(
+        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+    ) -> None:
         self.open.setdefault(key, []).extend(ids)
-        self.engine.turn(key, ids, seed, max_new_tokens)
+        self.engine.turn(key, ids, seed, max_new_tokens, sampler)
 
     def run(self) -> list[tuple[Key, Sampled]]:
         finished = self.engine.run()

@@ -112,22 +112,10 @@ def test_answers_calls_and_levels() -> None:
     assert answer_number("7") == int(answer[0])
     assert one["first_call_B"].tolist() == [1, -1, 0, -1]
     assert one["level_B"].tolist() == [3] * 4
-    assert {one[name].dtype for name in ("answer_B", "first_call_B", "level_B", "window_start_B")} == {torch.int64}
-    assert one["finished_B"].tolist() == [1] * 4 and one["window_start_B"].tolist() == [0] * 4
+    assert {one[name].dtype for name in ("answer_B", "first_call_B", "level_B")} == {torch.int64}
+    assert one["finished_B"].tolist() == [1] * 4
     [cut] = batch_of([episode(None, None, verdict=None, unfinished=True)])["finished_B"].tolist()
     assert cut == 0
-
-
-def test_the_last_stretch_of_play_begins_where_it_says() -> None:
-    ledger = Ledger()
-    for turn in range(3):
-        if turn:
-            ledger.branch([1, 1], turn)
-        else:
-            ledger.observe([1, 1], turn)
-        ledger.act([2, 2], [-1.0, -1.0], turn, turn)
-    t = Trajectory("a", 0, "train", 1, 0, 0, ledger=ledger, verdict=Verdict(0.0, {}, {}), window=(1, 3))
-    assert batch_of([t])["window_start_B"].tolist() == [4, 3, 0]
 
 
 def test_batches_of_a_run_can_stand_under_each_other() -> None:
