@@ -122,6 +122,8 @@ class Address:
     """What it is now."""
     rebuild: Callable[[Any], Recipe]
     """The recipe with another value there."""
+    owner: type | None = None
+    """The dataclass whose field it is; None: the recipe itself."""
 
     @property
     def full(self) -> str:
@@ -169,7 +171,7 @@ def _inside(value: Any, names: tuple[str, ...], rebuild: Callable[[Any], Recipe]
                 return rebuild(dataclasses.replace(value, **{name: new}))
 
             inner = getattr(value, f.name)
-            yield Address((*names, f.name), hints[f.name], inner, changed)
+            yield Address((*names, f.name), hints[f.name], inner, changed, type(value))
             kind = (part_name(type(inner)),) if isinstance(inner, Part) else ()
             yield from _inside(inner, (*names, f.name, *kind), changed)
 
