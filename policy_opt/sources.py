@@ -36,18 +36,20 @@ class Replay(Part):
     """How many are drawn, without replacement; fewer while fewer are stored."""
     capacity: int = 64
     """How many are kept; the oldest go first."""
+    fresh: bool = False
+    """Mix them with this iteration's rollout, in one batch."""
 
     def check(self) -> None:
         if not 0 < self.groups <= self.capacity:
             raise ValueError(f"0 < groups <= capacity, not {self.groups}, {self.capacity}")
 
     def draw(self, fresh: Batch, ctx: Ctx) -> Batch | None:
-        """Groups drawn at random."""
+        """Groups drawn at random; the fresh rows first, where they are mixed in."""
         stored: list[Batch] = ctx.state(self).get("groups", [])
         if not stored:
-            return None
+            return fresh if self.fresh else None
         order = torch.randperm(len(stored), generator=ctx.generator("replay", ctx.step))
-        return concat([stored[i] for i in order[: self.groups].tolist()])
+        return concat([*[fresh] * self.fresh, *(stored[i] for i in order[: self.groups].tolist())])
 
     def observe(self, b: Batch, ctx: Ctx) -> None:
         """Store this iteration's groups."""

@@ -13,11 +13,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policy_opt.advantages import groups
+from policy_opt.advantages import groups, norm_scale
+from policy_opt.bank import ModelSpec
+from policy_opt.baselines import lower_median
 from policy_opt.batch import Batch
-from policy_opt.need import ENTROPY_OLD, LOGP, LOGP_OLD, Need
+from policy_opt.need import ENTROPY_OLD, LOGP, LOGP_OLD, KLTo, Need
 from policy_opt.part import Ctx, Part
-from policy_opt.surrogates import Streams, check_widths, log_ratio, ratio
+from policy_opt.surrogates import LOG_RATIO_LIMIT, Streams, check_widths, log_ratio, ratio
 
 
 @dataclass(frozen=True)
@@ -174,3 +176,132 @@ class CapWidths(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         return b.over(**{name: b[name].clamp(max=self.most) for name in ("eps_low_B", "eps_high_B")})
+
+
+# -- penalties on the distance to the old policy ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RatioVariance(Part):
+    """(rho - 1)^2 - budget per token: the ratio's second central moment under the old policy, against its budget.
+
+    As the constraint of a Lagrangian: with a `Dual` of this term's value as coefficient, lambda (V - budget).
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+    budget: float = 0.0
+    """delta; 0 is a plain penalty."""
+
+    needs = LOGP, LOGP_OLD
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return (ratio(log_ratio(s, b)) - 1).square() - self.budget
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        return {"ratio_variance": (ratio(log_ratio(s, b)) - 1).square()}
+
+
+@dataclass(frozen=True)
+class SampledKL(Part):
+    """KL(pi || pi_old) from tokens of pi_old: rho log rho - (rho - 1) >= 0, d / d logp = rho log rho."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+
+    needs = LOGP, LOGP_OLD
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        x_BT = log_ratio(s, b).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return x_BT.exp() * x_BT - x_BT.expm1()
+
+
+@dataclass(frozen=True)
+class ExactKL(Part):
+    """KL(pi || pi_old) summed over the vocabulary, against a snapshot that follows the policy every iteration."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+
+    needs = (Need("kl_old_BT", KLTo("old"), when="loss"),)
+    models = {"old": ModelSpec("copy", sync_every=1)}  # noqa: RUF012
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return s["kl_old_BT"]
+
+
+# -- a target for the ratio -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MedianSignal(Part):
+    """signal_B = (R_i - median_g R) / (std_g R + eps) / temperature; the median of an even group is a midpoint.
+
+    A group of one has median 0 and std 1.
+    """
+
+    stage: ClassVar[str] = "advantage"
+    eps: float = 1e-6
+    ddof: Literal[0, 1] | None = 1
+    """1: sample standard deviation; 0: the population's; None: no division by std + eps."""
+    temperature: float = 1e-4
+    """tau: towards 0 the signal becomes a sign."""
+
+    def __post_init__(self) -> None:
+        if self.eps < 0 or self.temperature <= 0:
+            raise ValueError(f"eps >= 0 and temperature > 0, not {self.eps}, {self.temperature}")
+
+    reads = frozenset({"reward_B", "group_B"})
+    writes = frozenset({"signal_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        g = groups(b)
+        # The lower median from above is the upper one.
+        median_Q = (lower_median(b, g, g.reward_B) - lower_median(b, g, -g.reward_B)) / 2
+        median_Q = torch.where(g.size_Q == 1, 0, median_Q)
+        signal_B = g.reward_B - median_Q[g.index_B]
+        if self.ddof is not None:
+            signal_B = signal_B / norm_scale(g, self.eps, self.ddof)[g.index_B]
+        return b.put(signal_B=signal_B / self.temperature)
+
+
+@dataclass(frozen=True)
+class RatioTarget(Part):
+    """|rho - rho*| |A|: the ratio is drawn to a target instead of pushed to a clip.
+
+    rho* = 1 - clip_low + (clip_low + clip_high) sigmoid(signal). Beyond the target the gradient restores.
+    Bounded ratio RL, arXiv 2604.18578.
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+    clip_low: float = 0.2
+    """The target's reach below 1."""
+    clip_high: float = 0.2
+    """Its reach above 1."""
+
+    def __post_init__(self) -> None:
+        check_widths(self.clip_low, self.clip_high)
+
+    needs = LOGP, LOGP_OLD
+    reads = frozenset({"adv", "signal"})
+
+    def target(self, signal: Tensor) -> Tensor:
+        """rho*, of the signal's shape."""
+        return 1 - self.clip_low + (self.clip_low + self.clip_high) * signal.sigmoid()
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        gap_BT = ratio(log_ratio(s, b)) - self.target(b.per_token("signal"))
+        return gap_BT.abs() * b.per_token("adv").abs()
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        rho_BT = ratio(log_ratio(s, b))
+        return {
+            "ratio": rho_BT,
+            "target_ratio": self.target(b["signal_BT"] if "signal_BT" in b else b["signal_B"]),
+            "clip_frac": (rho_BT < 1 - self.clip_low) | (rho_BT > 1 + self.clip_high),
+        }
