@@ -61,7 +61,7 @@ def mean_over_pairs(loss_P: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LogisticPairs(Part):
-    """DPO: -log sigmoid(beta Delta), Delta = s(y_w) - s(y_l), per pair. Rafailov et al. 2023, arXiv 2305.18290, Eq. 7."""
+    """DPO: -log sigmoid(beta Delta), Delta = s(y_w) - s(y_l), per pair. Rafailov et al. 2023, arXiv 2305.18290."""
 
     stage: ClassVar[str] = "surrogate"
     scope: ClassVar[str] = "batch"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from policy_opt import Batch, Job, Loop, ModelSpec, Need, Optim, Recipe, RunSize
+from policy_opt.need import Mismatched
 from policy_opt.protocols import Pull
 from policy_opt.sampling import RULES
 from policy_opt.schedule import Schedule, Step
@@ -60,7 +61,11 @@ class FixedLearner:
         else:
             generator = torch.Generator().manual_seed(len(need.name))
             value = torch.rand(b.B, b.T, generator=generator, dtype=self.dtype) - 1.5
-        return torch.where(b.mask_BT, value, 0)
+        place_BT = {"actions": b.mask_BT, "prompt": b.opening_BT, "all": b.real_BT}[need.where]
+        if isinstance(need.view, Mismatched) and name in self.given:
+            # Its entries stand where the other row has its tokens; the numbers given are 0 elsewhere.
+            return value
+        return torch.where(place_BT, value, 0)
 
     def score(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         self.scored.append(tuple(need.name for need in needs))

@@ -44,6 +44,7 @@ def parts_called(method: str) -> list[type[Part]]:
         for case in CONTENT[method]["cases"]:
             recipe_now = configure(recipe, case.get("params", {}))
             trace = Trace(recipe_now, case["inputs"])
+            recipe_now = trace.recipe
             found.update(dict.fromkeys(type(part) for part, _ in trace.after_part))
             if recipe_now.curriculum.accept:
                 found[type(recipe_now.curriculum.accept)] = None
@@ -119,8 +120,15 @@ def test_the_loop_pulls_the_golden_cotangents(method):
             expected = torch.tensor(case["outputs"]["grad_logp_new"], dtype=torch.float64)[kept]
             # The last step: at the first one a loss over several rows takes logp_old for the live log-probs.
             # The first one where the case has a state, which a step moves.
-            found = learner.cotangents[0 if states else -1]["logp_BT"][:, : expected.shape[1]]
+            first = opening(b.mask_BT) - opening(torch.tensor(trace.given["mask"]))
+            found = learner.cotangents[0 if states else -1]["logp_BT"]
+            found = found[:, first : first + expected.shape[1]]
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def opening(mask_BT: torch.Tensor) -> int:
+    """Columns before the first in which any row has a policy token."""
+    return int((mask_BT.sum(0).cumsum(0) == 0).sum())
 
 
 def nested(value) -> bool:
@@ -133,7 +141,7 @@ def as_played(trace: Trace, scored: set[str]) -> policy_opt.Batch:
     given = {k: v for k, v in b.cols.items() if k not in scored}
     if "adv_BT" in given:
         given["given_BT"] = given.pop("adv_BT")
-    units = {k: v for k, v in b.units.items() if k != "group_B"}
+    units = {k: v for k, v in b.units.items() if k != "group_B"} | {"version_BT": b.version_BT}
     pairs = {} if b.pairs_P2 is None else {"pairs_P2": b.pairs_P2}
     zeros = [0.0] * b.B
     return fixed.batch(zeros, b["group_B"].tolist(), b.mask_BT.int().tolist(), **units, **given, **pairs)
