@@ -170,6 +170,11 @@ class Batch:
             self.cache["branched"] = not bool(self.once().all())
         return self.cache["branched"]
 
+    @property
+    def opening_BT(self) -> Tensor:
+        """True on a row's prompt: the real tokens before the first one that is trained on."""
+        return self.real_BT & (self.mask_BT.cumsum(1) == 0)
+
     def once(self) -> Tensor:
         """True on the first row of each trajectory, for statistics that count a trajectory once: [B]."""
         return self["parent_B"] == -1
@@ -348,6 +353,19 @@ def concat(batches: Sequence[Batch]) -> Batch:
     )
     units["parent_B"] = torch.where(units["parent_B"] >= 0, units["parent_B"] + shift_B, units["parent_B"])
     return replace(wide[0], **changes, units=units, cols=_stack([b.cols for b in wide]), cache={})
+
+
+def side_by_side(index_N: Tensor, count: int, keep_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(items_QG, there_QG): the kept items of each of `count` groups next to each other, in order.
+
+    index_N: each item's group; G is the largest group's size; there_QG is False on filling.
+    """
+    order_N = torch.where(keep_N, index_N, count).argsort(stable=True)
+    size_Q = torch.bincount(index_N[keep_N], minlength=count)
+    place_G = torch.arange(int(size_Q.max()) if count else 0, device=index_N.device)
+    start_Q = size_Q.cumsum(0) - size_Q
+    items_QG = order_N[(start_Q[:, None] + place_G).clamp(max=max(index_N.numel() - 1, 0))]
+    return items_QG, place_G < size_Q[:, None]
 
 
 def _of_pairs(cols: Mapping[str, Tensor], keep_P: Tensor) -> dict[str, Tensor]:

@@ -159,7 +159,8 @@ class TableLearner:
 
     def quantity(self, need: Need, b: Batch) -> Tensor:
         """A need for the rows of b, 0 outside the mask."""
-        tokens_BT, mask_BT = b.tokens_BT, b.mask_BT
+        tokens_BT = b.tokens_BT
+        mask_BT = {"actions": b.mask_BT, "prompt": b.opening_BT, "all": b.real_BT}[need.where]
         if isinstance(need.view, Mismatched):
             other_B = b.mismatched(need.view.shift)
             tokens_BT, mask_BT = tokens_BT[other_B], mask_BT[other_B]

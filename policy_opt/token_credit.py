@@ -29,6 +29,18 @@ def in_order(flag_BT: Tensor, b: Batch) -> Tensor:
     return torch.empty_like(count_BT).index_copy_(0, order_B, count_BT)
 
 
+def confidence(logp_BT: Tensor, mask_BT: Tensor, fraction: float) -> Tensor:
+    """exp of the mean over the max(1, ceil(fraction * n)) least likely of a row's n masked tokens: [B].
+
+    In (0, 1]; 1 for a row without tokens.
+    """
+    count_B = mask_BT.sum(1)
+    ranked_BT = torch.where(mask_BT, logp_BT, torch.inf).sort(dim=1).values
+    low_B = (fraction * count_B.double()).ceil().clamp(min=1)
+    low_BT = mask_BT.new_ones(mask_BT.shape).cumsum(1) <= torch.minimum(low_B, count_B)[:, None]
+    return (torch.where(low_BT, ranked_BT, 0).sum(1) / low_B).exp().to(logp_BT.dtype)
+
+
 @dataclass(frozen=True)
 class KeepTop(Part):
     """keep_BT: the ceil(fraction * n) policy tokens with the largest `by`, of each row or of the whole batch.

@@ -141,7 +141,8 @@ def as_played(trace: Trace, scored: set[str]) -> policy_opt.Batch:
     given = {k: v for k, v in b.cols.items() if k not in scored}
     if "adv_BT" in given:
         given["given_BT"] = given.pop("adv_BT")
-    units = {k: v for k, v in b.units.items() if k != "group_B"} | {"version_BT": b.version_BT}
+    units = {k: v for k, v in b.units.items() if k != "group_B"}
+    units |= {"version_BT": b.version_BT, "real_BT": b.real_BT}
     pairs = {} if b.pairs_P2 is None else {"pairs_P2": b.pairs_P2}
     zeros = [0.0] * b.B
     return fixed.batch(zeros, b["group_B"].tolist(), b.mask_BT.int().tolist(), **units, **given, **pairs)
