@@ -12,7 +12,7 @@ from agents.learner import LMLearner
 from policy_opt.bank import CRITIC, REFERENCE, ModelSpec
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
-from policy_opt.need import Entropy, Hidden, KLTo, LogProb, MaskedImage, Need, TopKIds, TopKLogProb, Value
+from policy_opt.need import Entropy, Hidden, KLTo, LogProb, MaskedImage, Mismatched, Need, TopKIds, TopKLogProb, Value
 
 VOCAB, BANNED = 29, (0, 7)
 LOGP = Need("logp_BT", LogProb(), when="loss")
@@ -35,7 +35,8 @@ def batch(rows=7, width=19, seed=0) -> Batch:
     real = torch.arange(width) < length[:, None]
     tokens = torch.randint(8, VOCAB, (rows, width), generator=draw) * real
     mask = real & (torch.rand(rows, width, generator=draw) < 0.5) & (torch.arange(width) > 1)
-    return Batch.build(mask_BT=mask, group_B=torch.arange(rows) // 2, tokens_BT=tokens, real_BT=real)
+    units = {"group_B": torch.arange(rows) // 2, "member_B": torch.arange(rows) % 2}
+    return Batch.build(mask_BT=mask, tokens_BT=tokens, real_BT=real, **units)
 
 
 def learner(micro_tokens=4096, bank=None) -> LMLearner:
@@ -82,6 +83,35 @@ def test_scores_equal_the_materialised_ones():
         torch.testing.assert_close(got[name], want, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
     assert torch.equal(got["ids_BTK"], lp.topk(3, -1).indices * mask[..., None])
     assert got["hidden_BTD"].shape == (b.B, b.T, 16)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 4096])
+@pytest.mark.parametrize("shift", [1, 3])
+def test_mismatched_pairs_are_a_prompt_and_anothers_answer(shift, micro_tokens):
+    """Row by row against a forward of the two put together; values stand where the tokens stand in their own row."""
+    other = tiny(1)
+    one = learner(micro_tokens, bank={"ref": REFERENCE})
+    one.bank.members["ref"].model.load_state_dict(other.state_dict())
+    b = batch(rows=9)
+    b = b.over(mask_BT=b.mask_BT & (torch.arange(9) != 4)[:, None])
+    view = Mismatched(shift)
+    got = one.score(b, [
+        LOGP, Need("kl_logp_BT", LogProb(), view=view), Need("kl_ref_BT", LogProb(), model="ref", view=view),
+        Need("kl_entropy_BT", Entropy(), view=view),
+    ])
+    torch.testing.assert_close(got["logp_BT"], one.score(b, [LOGP])["logp_BT"])
+    partner = b.mismatched(shift).tolist()
+    assert all(b["group_B"][i] != b["group_B"][j] for i, j in enumerate(partner) if b["member_B"][i] == 0)
+    for i, j in enumerate(partner):
+        acting = b.mask_BT[i].any()
+        opening = b.tokens_BT[i, : int(b.mask_BT[i].long().argmax()) if acting else int(b.real_BT[i].sum())]
+        answer = b.tokens_BT[j][b.mask_BT[j]]
+        row = torch.cat([opening, answer])[None]
+        alone = Batch.build(tokens_BT=row, mask_BT=torch.ones_like(row), group_B=torch.zeros(1).long())
+        for name, model in (("kl_logp_BT", one.model), ("kl_ref_BT", other)):
+            want = full_logp(model, alone)[0].gather(1, row[0][:, None])[:, 0][len(opening) :]
+            torch.testing.assert_close(got[name][i][b.mask_BT[j]], want, rtol=1e-9, atol=1e-10)
+            assert not got[name][i][~b.mask_BT[j]].any()
 
 
 def loss_of(streams):
@@ -234,6 +264,8 @@ def test_what_it_cannot_do_is_said():
         (Need("x_BT", LogProb(), model="critic"), "has values, no log-probs"),
         (Need("x_BT", Value()), "no value head"),
         (Need("x_BT", LogProb(), view=MaskedImage()), "no view"),
+        (Need("x_BT", LogProb(), view=Mismatched(), when="loss"), "without gradient"),
+        (Need("x_BT", LogProb(), view=Mismatched(), where="all"), "policy tokens only"),
         (Need("x_BTD", Hidden(0)), "last layer"),
     ]:
         with pytest.raises(RecipeError, match=words):
