@@ -38,6 +38,25 @@ class Annealed(Part):
 
 
 @dataclass(frozen=True)
+class InverseAnnealed(Part):
+    """1 / max(1 - step / iterations, floor): the weight of a proximity term under a step size that falls to 0."""
+
+    stage: ClassVar[str] = "coef"
+    iterations: int
+    """K, over which the step size falls."""
+    floor: float = 1e-2
+    """Smallest step size."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or not 0 < self.floor <= 1:
+            raise ValueError(f"iterations >= 1 and 0 < floor <= 1, not {self.iterations}, {self.floor}")
+
+    def value(self, ctx: Ctx) -> float:
+        """The coefficient in this iteration."""
+        return 1 / max(1 - ctx.step / self.iterations, self.floor)
+
+
+@dataclass(frozen=True)
 class Dual(Part):
     """A multiplier that grows while a metric is above target: lambda <- lambda + rate (metric - target).
 
