@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from policy_opt.bank import WITH_REFERENCE
-from policy_opt.batch import Batch
+from policy_opt.batch import Batch, side_by_side
 from policy_opt.credits import weigh
 from policy_opt.need import LOGP_OLD, LOGP_REF
 from policy_opt.part import Ctx, Part
@@ -26,19 +26,6 @@ def mean_logp(b: Batch, logp_BT: Tensor) -> Tensor:
         total_B = torch.zeros_like(total_B).index_add_(0, root_B, total_B)[root_B]
         count_B = torch.zeros_like(count_B).index_add_(0, root_B, count_B)[root_B]
     return total_B / count_B.clamp(min=1)
-
-
-def members(b: Batch) -> tuple[Tensor, Tensor]:
-    """(rows_QG, there_QG): each group's rows side by side, a trajectory once; there_QG is False on filling."""
-    index_B, count = b.index()
-    once_B = b.once()
-    order_B = torch.where(once_B, index_B, count).argsort(stable=True)
-    size_Q = torch.bincount(index_B[once_B], minlength=count)
-    place_G = torch.arange(int(size_Q.max()), device=index_B.device)
-    there_QG = place_G < size_Q[:, None]
-    start_Q = size_Q.cumsum(0) - size_Q
-    rows_QG = order_B[(start_Q[:, None] + place_G).clamp(max=b.B - 1)]
-    return rows_QG, there_QG
 
 
 @dataclass(frozen=True)
@@ -69,7 +56,7 @@ class RankPairs(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         sure_B = mean_logp(b, b["logp_old_BT"])
-        rows_QG, there_QG = members(b)
+        rows_QG, there_QG = side_by_side(*b.index(), b.once())
         right_QG = there_QG & (b["correct_B"] > 0.5)[rows_QG]
         wrong_QG = there_QG & ~right_QG
         sure_QG = sure_B[rows_QG]

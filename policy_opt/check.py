@@ -106,6 +106,7 @@ class _Flow:
         for name in part.facts:
             if self.facts is not None and name not in self.writer:
                 raise self.fail(f"{path} reads the fact `{name}`, which the environment does not deliver")
+            self.read.add(name)
 
     def write(self, path: str, name: str) -> None:
         if name in self.writer:

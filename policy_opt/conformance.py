@@ -75,7 +75,7 @@ def drive(
     """Outputs of one case: each from the first recipe that maps it; those that none maps are left out."""
     found: dict[str, Any] = {}
     for recipe in recipes:
-        trace = Trace(configure(recipe, params), inputs)
+        trace = Trace(configure(recipe, params), inputs, params)
         own = (recipe.vectors or Vectors()).outputs
         mapping = own if recipe.vectors and recipe.vectors.method else {**OUTPUTS, **own}
         found.update(

@@ -100,11 +100,14 @@ def configure(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
 class Trace:
     """One case driven through a recipe: the batch after every part, the loss, its gradients."""
 
-    def __init__(self, recipe: Recipe, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, recipe: Recipe, inputs: Mapping[str, Any], params: Mapping[str, Any] | None = None
+    ) -> None:
+        """recipe: with the case's params applied; params: those too, for outputs that take a size from them."""
         vectors = recipe.vectors or Vectors()
         if vectors.adapt:
             recipe = vectors.adapt(recipe, inputs)
-        self.given = inputs
+        self.given, self.params = inputs, params or {}
         inputs = vectors.arrange(inputs) if vectors.arrange else inputs
         self.recipe, self.inputs = recipe, inputs
         self.ids = list(dict.fromkeys(inputs.get("group", [0])))
