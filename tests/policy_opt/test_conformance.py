@@ -118,10 +118,11 @@ def test_the_loop_pulls_the_golden_cotangents(method):
             states = {"": copy.deepcopy(trace.ctx.states)} if recipe.vectors.prime else {}
             learner = fixed.run(fixed.whole(now), b, given, states, micro_rows=micro_rows)[2]
             expected = torch.tensor(case["outputs"]["grad_logp_new"], dtype=torch.float64)[kept]
-            # The last step: at the first one a loss over several rows takes logp_old for the live log-probs.
-            # The first one where the case has a state, which a step moves.
+            # At the first step a loss over several rows takes logp_old for the live log-probs, so its last one counts;
+            # elsewhere the first does, since a step may move the case's state or a coefficient.
             first = opening(b.mask_BT) - opening(torch.tensor(trace.given["mask"]))
-            found = learner.cotangents[0 if states else -1]["logp_BT"]
+            across = not states and any(term.loss.scope == "batch" for term in now.terms if term.on)
+            found = learner.cotangents[-1 if across else 0]["logp_BT"]
             found = found[:, first : first + expected.shape[1]]
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
