@@ -3,7 +3,7 @@
 No pairs and no groups: each trajectory is desirable or not, and its value saturates on both sides of a reference point.
 
     s_i = sum_t m_t (logp - logp_ref)
-    z0  = max(0, mean_j [log pi(y'_j | x_j) - log pi_ref(y'_j | x_j)])       y'_j: tokens of another trajectory; detached
+    z0  = max(0, mean_j [log pi(y'_j | x_j) - log pi_ref(y'_j | x_j)])      y'_j: tokens of another trajectory; detached
     l_i = w_D (1 - sigmoid(beta (s_i - z0)))  if desirable,  w_U (1 - sigmoid(beta (z0 - s_i)))  if not
     L   = mean_i l_i
 
@@ -84,7 +84,8 @@ class ProspectValue(Part):
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         gain_B = self.beta * (log_ratios(s, b) - self.z0(b))
         good_B = b[self.by] > 0.5
-        weight_B = torch.where(good_B, self.desirable_weight, self.undesirable_weight)
+        right, wrong = gain_B.new_tensor([self.desirable_weight, self.undesirable_weight])
+        weight_B = torch.where(good_B, right, wrong)
         return weight_B * torch.where(good_B, -gain_B, gain_B).sigmoid() * b.once()
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class LevelPairs(Part):
     def margins(self, s: Streams, b: Batch) -> Tensor:
         """h: [P]."""
         s_B = log_ratios(s, b, length_normalised=True)
-        k_B = torch.where(b["rank_B"] == 1, self.anisotropy, 1.0).to(s_B.dtype)
+        k_B = torch.where(b["rank_B"] == 1, s_B.new_tensor(self.anisotropy), s_B.new_ones(()))
         if self.scale_mode == "per_response":
             return self.beta * contrast(b, k_B * s_B)
         return self.beta * k_B[b["pairs_P2"][:, 0]] * contrast(b, s_B)
