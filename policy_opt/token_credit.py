@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from policy_opt.batch import Batch
+from policy_opt.batch import Batch, side_by_side
 from policy_opt.controllers import current
 from policy_opt.need import ENTROPY_OLD, Need
 from policy_opt.part import Ctx, Part
@@ -27,6 +27,12 @@ def in_order(flag_BT: Tensor, b: Batch) -> Tensor:
     order_B = b.order("member_B", "group_B", "seat_B", "segment_BT")
     count_BT = flag_BT[order_B].long().flatten().cumsum(0).view_as(flag_BT)
     return torch.empty_like(count_BT).index_copy_(0, order_B, count_BT)
+
+
+def levels(value: Tensor) -> Tensor:
+    """The values on a grid so fine that it only makes equal what differs by rounding (order of a sum, say)."""
+    step = torch.finfo(value.dtype).eps ** (2 / 3) * value.abs().amax()
+    return torch.where(step > 0, (value / step).round() * step, value)
 
 
 def confidence(logp_BT: Tensor, mask_BT: Tensor, fraction: float) -> Tensor:
@@ -69,13 +75,14 @@ class KeepTop(Part):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({self.by})
+        return frozenset({self.by, "mask_BT"})
 
     writes = frozenset({"keep_BT", "threshold_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         fraction = current(self.fraction, ctx)
-        score_BT = torch.where(b.mask_BT, b[self.by], -torch.inf)
+        value_BT = b[self.by] if self.ties == "all" else levels(b[self.by])
+        score_BT = torch.where(b.mask_BT, value_BT, -torch.inf)
         count_B = b.mask_BT.sum(1)
         if self.scope == "batch":
             count_B = count_B.sum().expand(b.B)
@@ -103,3 +110,70 @@ class KeepTop(Part):
 def _largest(value_N: Tensor, k: int) -> Tensor:
     """The k-th largest of some numbers; 0 where k is 0."""
     return value_N.kthvalue(value_N.numel() - k + 1).values if k else value_N.new_zeros(())
+
+
+@dataclass(frozen=True)
+class MaxVariance(Part):
+    """Keeps the rows whose advantages vary most; the others leave the loss (their mask becomes empty).
+
+    The subset of n values with the largest variance consists of the k largest and the n - k smallest, for the
+    best k. Equal advantages are taken in order of (member, group). Advantages stay as they were.
+    """
+
+    stage: ClassVar[str] = "credit"
+    fraction: Any = 0.5
+    """Rows to keep of each group, as a share of `size`: a number, or a controller. Rounded half up."""
+    size: int | None = None
+    """None: the group's own size; 1 makes `fraction` a number of rows."""
+    scope: Literal["group", "batch"] = "batch"
+    """batch: as many rows, chosen among all groups at once."""
+
+    reads = frozenset({"adv_B", "group_B"})
+    writes = frozenset({"selected_B"})
+    overwrites = frozenset({"mask_BT"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        index_B, count = b.index()
+        once_B, root_B = b.once(), b.roots()
+        size_Q = torch.bincount(index_B[once_B], minlength=count)
+        share_Q = current(self.fraction, ctx) * (size_Q if self.size is None else self.size + 0 * size_Q).double()
+        wanted_Q = (share_Q + 0.5).floor().long()
+        if self.scope == "batch":
+            index_B, count, wanted_Q = torch.zeros_like(index_B), 1, wanted_Q.sum()[None]
+        # Rows in order of (advantage, trajectory), then each group's next to each other.
+        order_B = b.order("member_B", "group_B", "seat_B")
+        order_B = order_B[levels(b["adv_B"])[order_B].argsort(stable=True)]
+        items_QG, there_QG = side_by_side(index_B[order_B], count, once_B[order_B])
+        rows_QG = order_B[items_QG]
+        chosen_QG = extremes(torch.where(there_QG, b["adv_B"][rows_QG], 0), there_QG, wanted_Q)
+        keep_B = torch.zeros_like(once_B)
+        keep_B[rows_QG[chosen_QG]] = True
+        keep_B = keep_B[root_B]
+        ctx.log("selected_rows", float(keep_B.double().mean()))
+        return b.silence(keep_B).put(selected_B=keep_B)
+
+
+def extremes(value_QG: Tensor, there_QG: Tensor, wanted_Q: Tensor) -> Tensor:
+    """Of each line's ascending values, the `wanted` ones with the largest variance (all, if there are fewer).
+
+    True on the k largest and wanted - k smallest; of equally good k (within 1e-12) the smallest. [Q, G]
+    """
+    size_Q = there_QG.sum(1)
+    n_Q = torch.minimum(wanted_Q, size_Q)
+    centred_QG = torch.where(there_QG, value_QG - (value_QG.sum(1) / size_Q.clamp(min=1))[:, None], 0)
+    sums_QG2 = torch.stack([centred_QG, centred_QG.square()], 2).double().cumsum(1)
+    sums_QG2 = torch.nn.functional.pad(sums_QG2, (0, 0, 1, 0))
+    k_K = torch.arange(int(n_Q.max()) + 1 if n_Q.numel() else 0, device=n_Q.device)
+
+    def first(count_QK: Tensor) -> Tensor:
+        return sums_QG2.gather(1, count_QK.clamp(min=0)[..., None].expand(-1, -1, 2))
+
+    total_QK2 = first(n_Q[:, None] - k_K) + first(size_Q[:, None]) - first(size_Q[:, None] - k_K)
+    mean_QK2 = total_QK2 / n_Q.clamp(min=1)[:, None, None]
+    variance_QK = mean_QK2[..., 1] - mean_QK2[..., 0].square()
+    variance_QK = torch.where(k_K <= n_Q[:, None], variance_QK, -torch.inf)
+    best_QK = variance_QK >= variance_QK.amax(1, keepdim=True) - 1e-12
+    k_Q = best_QK.long().argmax(1)
+    rank_G = torch.arange(value_QG.shape[1], device=n_Q.device)
+    low_QG, high_QG = rank_G < (n_Q - k_Q)[:, None], rank_G >= (size_Q - k_Q)[:, None]
+    return there_QG & (low_QG | high_QG)
