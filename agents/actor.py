@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agents.batching import batch_of, numbers_of
+from agents.batching import OWN, batch_of, numbers_of
 from agents.carried import Carried
 from agents.chat import ChatFormat
 from agents.dist import World
@@ -88,14 +88,18 @@ class LMActor:
     Args:
         sample: a verdict of the environment, whose scores and numeric facts become columns from the first batch
             on, whatever that one's verdicts hold.
+
+    Attributes:
+        columns: what every batch has besides the core and the units; None where there is no sample to tell.
     """
 
-    columns: tuple[str, ...] | None = None
     hooks = frozenset(RULES)
     """Sampler rules that the engine serves."""
 
     def __init__(self, player: Player, dtype: torch.dtype = torch.float32, sample: Verdict | None = None):
         self.player, self.dtype, self.sample = player, dtype, sample
+        facts = None if sample is None else [f"{name}_B" for name in numbers_of(sample.facts)]
+        self.columns = None if facts is None else frozenset((*OWN, *facts))
         self.scores: list[str] | None = None
         self.facts: list[str] | None = None
         self.played: list[Trajectory] = []

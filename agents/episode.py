@@ -8,9 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from agents.engines.base import Key
+from agents.engines.base import Key, stream
 from agents.trajectory import Trajectory, TurnInfo
 from policy_opt.protocols import Job
 
@@ -57,7 +55,7 @@ class Episode:
 
     def reset(self, options: Mapping[str, Any]) -> None:
         """Start the environment. The members of a group share its seed, hence their start state."""
-        shared = int(np.random.SeedSequence([self.result.seed, self.job.group]).generate_state(1)[0])
+        shared = int(stream((self.result.seed, self.job.group)).generate_state(1)[0])
         chosen = {"index": self.job.task_index, "split": self.job.split, **options}
         try:
             self.obs, info = self.env.reset(seed=shared, options=chosen)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 from policy_opt.protocols import Sampler
 
 Key = tuple[int, ...]
@@ -13,6 +15,11 @@ Key = tuple[int, ...]
 
 Stop = Literal["stop", "length", "context"]
 """Why a turn ended: a stop token was sampled; its token budget was used up; the row's context is full."""
+
+
+def stream(seed: Key) -> np.random.SeedSequence:
+    """The random stream of a name; a negative number in it (groups beside training's have one) counts from 2^64."""
+    return np.random.SeedSequence([int(n) if n >= 0 else (1 << 64) + int(n) for n in seed])
 
 
 @dataclass(frozen=True)

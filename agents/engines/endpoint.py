@@ -18,10 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from agents.cli import UsageError
-from agents.engines.base import Key, Said, SampleParams, Voice
+from agents.engines.base import Key, Said, SampleParams, Voice, stream
 from tools import strict_json
 from tools.calls import CallFormat, ToolCall, get_format
 
@@ -91,7 +89,7 @@ class Endpoint:
             nonlocal tools, turn
             tools = obs.get("tools", tools)
             turn += 1
-            hint = int(np.random.SeedSequence([*seed, turn]).generate_state(1)[0])
+            hint = int(stream((*seed, turn)).generate_state(1)[0])
             return self.complete(messages, tools, fmt, hint, max_new_tokens)
 
         return voice

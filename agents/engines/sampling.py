@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.engines.base import SampleParams
+from agents.engines.base import SampleParams, stream
 from policy_opt.protocols import Sampler
 from policy_opt.sampling import temperatures
 
 
 def uniforms(seed: Sequence[int], n: int) -> np.ndarray:
     """`n` numbers in [0, 1), a pure function of `seed` = (run seed, group, member, turn): one per token drawn."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(s) for s in seed]))).random(n)
+    return np.random.Generator(np.random.Philox(stream(tuple(seed)))).random(n)
 
 
 def banned_row(banned_ids: Sequence[int], vocab_size: int, device: torch.device) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.engines.base import Key, Said, Voice
+from agents.engines.base import Key, Said, Voice, stream
 
 
 class UnknownScript(ValueError):
@@ -33,7 +33,7 @@ class Scripted:
         Raises:
             UnknownScript: the environment does not have it.
         """
-        rng = np.random.default_rng(np.random.SeedSequence([int(s) for s in seed]))
+        rng = np.random.default_rng(stream(seed))
         names = sorted(self.weights)
         weights = np.array([self.weights[name] for name in names], dtype=float)
         name = names[int(rng.choice(len(names), p=weights / weights.sum()))] if len(names) > 1 else names[0]
