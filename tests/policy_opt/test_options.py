@@ -186,8 +186,12 @@ def test_compatible_compositions_pass():
 
 @pytest.mark.parametrize("slug", shipped())
 def test_any_recipe_takes_importance_weights(slug):
-    """Per token where the loss has tokens, per row where it is per row."""
+    """Per token where the loss has tokens, per row where it is per row; a loss over pairs or groups has neither."""
     recipe = policy_opt.get(slug)
+    if any(term.on and term.loss.gives == "" for term in recipe.terms):
+        with pytest.raises(RecipeError, match="has one loss per batch, so credit.* cannot weight its"):
+            recipe.set("credit+=tis(level='sequence')").check()
+        return
     rows = any(term.on and term.loss.gives == "B" for term in recipe.terms)
     recipe.set(f"credit+=tis(level={'sequence' if rows else 'token'})").check()
     recipe.set("credit+=mis(level='sequence')").check()
