@@ -11,6 +11,7 @@ import palaestra  # puts our packages first on the path  # noqa: F401
 COMMANDS = {
     "train": ("agents.train", "train a policy on an environment"),
     "eval": ("agents.eval", "success of any policy on any environment, with intervals"),
+    "compare": ("agents.compare", "recipes against each other: same tasks and budget, paired intervals, a picture"),
     "sft": ("agents.sft", "imitation on demonstrations or stored trajectories"),
     "view": ("agents.view", "one self-contained HTML report of a run"),
     "export": ("agents.export", "a run's trajectories as JSON lines"),

@@ -1,0 +1,5 @@
+"""`python -m agents.compare`."""
+
+from agents.compare.command import run
+
+run()
