@@ -16,7 +16,7 @@ OURS = ("lion", "lion_k", "momentum", "stosignsgd")
 """Optimizers of policy_opt.optimizers."""
 _UNFIT = ("optimizer", "lbfgs", "muon", "sparseadam")
 """Of torch's: those that want a closure, matrices only, or sparse gradients."""
-_OPTIONS = {"decoupled": "lion", "kappa": "lion_k", "direction": "stosignsgd", "forget": "stosignsgd"}
+OWN_OPTIONS = {"decoupled": "lion", "kappa": "lion_k", "direction": "stosignsgd", "forget": "stosignsgd"}
 """Options that one optimizer has."""
 
 
@@ -60,7 +60,7 @@ class Optim:
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:
             raise RecipeError(unknown("optimizer", self.name, OPTIMIZERS))
-        for option, owner in _OPTIONS.items():
+        for option, owner in OWN_OPTIONS.items():
             if self.name != owner and getattr(self, option) not in (None, False, 0.0):
                 raise RecipeError(f"`{option}` is an option of {owner}; {self.name} has none of that name")
         if self.eps is not None and not isinstance(self.accepted().get("eps"), float):
