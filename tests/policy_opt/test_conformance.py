@@ -76,6 +76,8 @@ def perturbed(kind: type[Part]):
     def moved(self, b, ctx):
         after = call(self, b, ctx)
         names = [n for n in after.cols if n not in b.cols or after.cols[n] is not b.cols[n]] or ["reward_B"]
+        # Ids are not moved where there are numbers.
+        names = [n for n in names if after[n].is_floating_point()] or names
         return after.over(**{n: shifted(after[n]) for n in names})
 
     return {"__call__": moved}
@@ -101,6 +103,8 @@ def test_the_loop_pulls_the_golden_cotangents(method):
     """What training pushes through the model is d loss / d logp of the file, also split into single rows."""
     (recipe,) = conformance.recipes_of(method)
     for case in CONTENT[method]["cases"]:
+        if "grad_logp_new" not in case["outputs"]:
+            continue
         trace = Trace(configure(recipe, case["params"]), case["inputs"])
         # What the file gives in place of a stage's result is not computed again.
         now = trace.recipe.replace(**{stage: () for stage in STAGES if stage not in recipe.vectors.stages})
@@ -115,6 +119,10 @@ def test_the_loop_pulls_the_golden_cotangents(method):
         given |= {k: v for k, v in trace.start().cols.items() if k.endswith("_BT")}
         given = {k: v[kept] for k, v in given.items() if v.shape[0] == b.B}
         for micro_rows in (1, 100):
+            # Running the case has moved its state.
+            trace.ctx.states.clear()
+            if recipe.vectors.prime:
+                recipe.vectors.prime(trace)
             states = {"": copy.deepcopy(trace.ctx.states)} if recipe.vectors.prime else {}
             learner = fixed.run(fixed.whole(now), b, given, states, micro_rows=micro_rows)[2]
             expected = torch.tensor(case["outputs"]["grad_logp_new"], dtype=torch.float64)[kept]

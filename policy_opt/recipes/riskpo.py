@@ -1,0 +1,155 @@
+"""RiskPO: Risk-based Policy Optimization. Ren et al. 2025, arXiv 2510.00911.
+
+The mean reward is dominated by what the policy can do already. Here the lower part of the distribution of scores is
+raised instead; so that scores have a distribution, the judged unit is a bundle of B questions.
+
+    S_j = sum over the bundle's questions of R, one response of each: a paper; every response is in one paper
+    a, b = tracked quantiles of S at levels alpha, beta:   q_s <- q_s + 0.1 (s - #{S < q_s} / M)
+    A_j = -(1 + omega) (a - S_j)^+ + (S_j - a)^+ - (S_j - b)^+ + a - b        on every response of the paper
+    s_i = exp( (1/L_i) sum_t m (logp - logp_old) )
+    L   = mean_i max(-A s_i, -A clip(s_i, 1 - eps, 1 + eps))
+
+This is the gradient's weight of (1 + omega) times the integral of the quantile function up to alpha, plus that from
+alpha to beta. No advantage is positive, and a paper above b has none: failures are pushed away, nothing is pulled.
+
+The authors' scripts weight the two parts by their probability mass, divide by the bundle's spread, share the advantage
+out to the responses and use token ratios: `--set variant=release` is the one for DAPO-Math, without a - b. The one for
+MATH is that with `advantage.natural=True advantage.beta=0.9 advantage.rule=std`. The tracked quantiles reach no later
+step in the released snapshot, so there a and b are those of the bundle's own papers, `advantage.quantiles=batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from policy_opt.bundles import Bundle, PaperScore, ShareOut, TailRisk
+from policy_opt.recipe import Recipe
+from policy_opt.surrogates import SequenceClip
+from policy_opt.terms import Term
+from policy_opt.vectors import Trace, Vectors, aggregation
+
+RELEASE = (
+    "advantage.form=release",
+    "advantage.normalise=True",
+    "advantage.floor=0",
+    "terms=term(clip(dual_clip=3.0), agg=token_mean())",
+)
+
+
+def released(recipe: Recipe, w_mix: float) -> Recipe:
+    """The param w_mix: a case of the released code."""
+    return recipe.set(*RELEASE, f"advantage.w_mix={w_mix}")
+
+
+def shared(recipe: Recipe, rule: str) -> Recipe:
+    """The param credit."""
+    return recipe if rule == "uniform" else recipe.set(f"advantage+=share_out(rule={rule.replace('-', '_')})")
+
+
+def small(recipe: Recipe, eps: float) -> Recipe:
+    """The param eps: every eps of the advantage."""
+    parts = ["tail_risk", *("share_out" for part in recipe.advantage if isinstance(part, ShareOut))]
+    return recipe.set(*(f"advantage.{part}.eps={eps}" for part in parts))
+
+
+def dealt(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
+    """A case's bundles come with it, the k-th responses of a bundle's questions are a paper."""
+    unknown = "scores" not in inputs and inputs.get("q_alpha") is None
+    return recipe.set("reward.permute=False", *(("advantage.quantiles=batch",) if unknown else ()))
+
+
+def singles(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A case of the tracker: every score is that of a bundle of one question with one response."""
+    if "scores" not in inputs:
+        return inputs
+    ids = list(range(len(inputs["scores"])))
+    return {**inputs, "rewards": inputs["scores"], "group": ids, "bundle": ids}
+
+
+def remember(t: Trace) -> None:
+    """The inputs q and alphas, or q_alpha and q_beta: the tracker's state, for every size of bundle."""
+    part = t.recipe.advantage[0]
+    if "scores" in t.inputs:
+        levels, q = t.inputs["alphas"], t.inputs["q"]
+    elif t.inputs.get("q_alpha") is not None:
+        levels, q = (part.alpha, part.beta), (t.inputs["q_alpha"], t.inputs["q_beta"])
+    else:
+        return
+    table_L2 = torch.tensor([levels, q], dtype=torch.float64).T
+    questions = dict(zip(t.inputs["group"], t.inputs["bundle"], strict=True))
+    for bundle in set(questions.values()):
+        t.ctx.state(part)[str(list(questions.values()).count(bundle))] = table_L2
+
+
+def by_bundle(t: Trace, column: str) -> dict[str, Any]:
+    """A row quantity that all rows of a bundle share."""
+    return {str(d): v for d, v in zip(t.inputs["bundle"], t[column].tolist(), strict=True)}
+
+
+def scores(t: Trace) -> dict[str, list[float]]:
+    """The papers of each bundle, in order."""
+    found = {str(d): {} for d in t.inputs["bundle"]}
+    for bundle, paper, score in zip(
+        t.inputs["bundle"], t["paper_B"].tolist(), t["paper_score_B"].tolist(), strict=True
+    ):
+        if paper >= 0:
+            found[str(bundle)][paper] = score
+    return {bundle: [at[paper] for paper in sorted(at)] for bundle, at in found.items()}
+
+
+recipe = Recipe(
+    slug="riskpo",
+    title="bundles of questions, their low scores weigh most, high ones nothing",
+    level="sequence",
+    cite="Ren et al. 2025, arXiv 2510.00911",
+    evidence="read in code (RiskPO core_algos.py, ray_trainer.py, scripts); the paper's form of the advantage and the "
+    "sequence ratio in two summaries that agree",
+    deviations="one tracker per size of bundle; where a bundle's spread is divided by, up to 1e-3 is taken as 1 (code: "
+    "no floor)",
+    signals=(Bundle(size=5),),
+    reward=(PaperScore(),),
+    advantage=(TailRisk(alpha=0.2, beta=0.8, omega=0.5, rate=0.1),),
+    terms=(Term(SequenceClip(clip_low=0.2, clip_high=0.2)),),
+    variants={
+        "release": (
+            *RELEASE,
+            "advantage.natural=False",
+            "advantage.quantiles=batch",
+            "advantage+=share_out(rule=sum_mean)",
+        ),
+    },
+    vectors=Vectors(
+        params={
+            "variant": (),
+            "w_mix": released,
+            "alpha": "advantage.alpha",
+            "beta": "advantage.beta",
+            "omega": "advantage.omega",
+            "natural_baseline": "advantage.natural",
+            "norm_by_bundle_std": "advantage.normalise",
+            "credit": shared,
+            "eps": small,
+            "clip": ("terms.clip_low", "terms.clip_high"),
+            "clip_low": "terms.clip_low",
+            "clip_high": "terms.clip_high",
+            "dual_clip_c": "terms.dual_clip",
+            "loss_agg": aggregation,
+            "lr_q": "advantage.rate",
+        },
+        columns={"bundle": lambda ids: {"bundle_B": torch.tensor([list(dict.fromkeys(ids)).index(d) for d in ids])}},
+        adapt=dealt,
+        arrange=singles,
+        prime=remember,
+        outputs={
+            "bundle_scores": scores,
+            "q_alpha_used": lambda t: by_bundle(t, "quantile_low_B"),
+            "q_beta_used": lambda t: by_bundle(t, "quantile_high_B"),
+            "advantage_per_traj": lambda t: t["adv_B"],
+            "advantages": lambda t: t.per_token("adv"),
+            "q_next": lambda t: t.ctx.state(t.recipe.advantage[0])["1"][:, 1],
+        },
+    ),
+)
