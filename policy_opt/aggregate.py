@@ -8,8 +8,9 @@ micro-batch needs nothing but its own rows of them, and the whole-batch denomina
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from policy_opt.part import Part
@@ -40,16 +41,24 @@ class SequenceMean(Part):
     """Mean over a row's tokens, then mean over the rows that have any ("seq-mean-token-mean", GRPO)."""
 
     stage: ClassVar[str] = "agg"
+    across: Literal["filled", "all", "sum"] = "filled"
+    """filled: the mean over rows with tokens; all: over all rows, empty ones included; sum: the rows' sum."""
+
+    def count(self, some_B: Tensor) -> Tensor:
+        """What the sum over rows is divided by; some_B is True on rows with den > 0."""
+        if self.across == "filled":
+            return some_B.sum()
+        return some_B.new_tensor(some_B.shape[0] if self.across == "all" else 1, dtype=torch.long)
 
     def tokens(self, num_BT: Tensor, den_BT: Tensor) -> Tensor:
-        """num / (row's sum of den * rows with den > 0): [B, T]."""
+        """num / (row's sum of den * count of rows): [B, T]."""
         length_B = den_BT.sum(1)
-        return _over(num_BT, (length_B * (length_B > 0).sum())[:, None])
+        return _over(num_BT, (length_B * self.count(length_B > 0))[:, None])
 
     def rows(self, num_BT: Tensor, den_BT: Tensor) -> Tensor:
-        """1 / rows with den > 0, for rows with any num: [B]."""
-        some_B = (den_BT.sum(1) > 0).to(num_BT.dtype)
-        return _over((num_BT.sum(1) > 0).to(num_BT.dtype), some_B.sum())
+        """1 / count of rows, for rows with any num: [B]."""
+        count = self.count(den_BT.sum(1) > 0).to(num_BT.dtype)
+        return _over((num_BT.sum(1) > 0).to(num_BT.dtype), count)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ class LogProb:
 
 @dataclass(frozen=True)
 class Entropy:
-    """Entropy in nats of the distribution that token t was drawn from: [B, T]."""
+    """Entropy in nats of the distribution that token t was drawn from, -sum p log max(p, floor): [B, T]."""
+
+    floor: float = 0.0
+    """Lower bound of the logarithm's argument; 0: none."""
 
 
 @dataclass(frozen=True)

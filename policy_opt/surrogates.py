@@ -218,6 +218,21 @@ class Reinforce(Part):
 
 
 @dataclass(frozen=True)
+class OnPolicy(Part):
+    """-A exp(logp - sg[logp]), per token: the value of a ratio that is 1, the gradient of REINFORCE."""
+
+    stage: ClassVar[str] = "surrogate"
+    scope: ClassVar[str] = "row"
+    gives: ClassVar[str] = "BT"
+
+    needs = (LOGP,)
+    reads = frozenset({"adv"})
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return -b.per_token("adv") * (s["logp_BT"] - s["logp_BT"].detach()).exp()
+
+
+@dataclass(frozen=True)
 class Imitate(Part):
     """-logp per token: imitation of whatever the mask selects, for demonstrations and distilled repairs."""
 

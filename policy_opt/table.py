@@ -33,8 +33,10 @@ from policy_opt.need import (
     View,
 )
 from policy_opt.part import Ctx
+from policy_opt.partial import Partial
 from policy_opt.protocols import Ask, Job, JudgeFailure, Pull, Sampler
 from policy_opt.sampling import RULES, temperatures
+from policy_opt.vocabulary import evaluate
 
 _SAME = Same()
 
@@ -175,14 +177,8 @@ class TableLearner:
     def functional(self, need: Need, logp_BTV: Tensor, tokens_BT: Tensor, b: Batch) -> Tensor:
         """Reduce the vocabulary axis as the need says."""
         what = need.what
-        if isinstance(what, LogProb):
-            return logp_BTV.gather(-1, tokens_BT[..., None]).squeeze(-1)
-        if isinstance(what, Entropy):
-            return -(logp_BTV.exp() * logp_BTV).sum(-1)
-        if isinstance(what, TopKLogProb):
-            return logp_BTV.topk(min(what.k, self.world.vocab)).values
-        if isinstance(what, TopKIds):
-            return logp_BTV.topk(min(what.k, self.world.vocab)).indices
+        if isinstance(what, LogProb | Entropy | TopKLogProb | TopKIds):
+            return evaluate(what, logp_BTV, tokens_BT)
         if isinstance(what, KLTo):
             other_BTV = self.look(what.model, b, need.view).log_softmax(-1)
             return (logp_BTV.exp() * (logp_BTV - other_BTV)).sum(-1)
@@ -217,6 +213,7 @@ class TableActor:
         self.world, self.learner, self.answers = world, learner, answers or {}
         self.seeds = Ctx(seed=world.seed)
         self.played: dict[tuple[int, int], Tensor] = {}
+        self.partial = Partial()
 
     def play(self, jobs: Sequence[Job]) -> Batch:
         """All jobs at once; each draws from a generator of its own."""
@@ -241,10 +238,13 @@ class TableActor:
         draw_BT = torch.stack([torch.rand(world.width, generator=self.stream(job)) for job in jobs])
         tokens_BT = (p_BTV.cumsum(-1) < draw_BT[..., None]).sum(-1).clamp(max=world.vocab - 1)
         tokens_BT = self.given(jobs, tokens_BT, world.truth_BT(task_B))
-        for job, tokens_T in zip(jobs, tokens_BT, strict=True):
-            self.played[job.group, job.member] = tokens_T
         logp_BT = logp_BTV.gather(-1, tokens_BT[..., None]).squeeze(-1) * mask_BT
-        return self.graded(blank.over(tokens_BT=tokens_BT, logp_sampler_BT=logp_BT))
+        version_BT = torch.full_like(tokens_BT, learner.version)
+        b = blank.over(tokens_BT=tokens_BT, logp_sampler_BT=logp_BT, version_BT=version_BT)
+        b = self.partial.resume(jobs, b)
+        for job, tokens_T in zip(jobs, b.tokens_BT, strict=True):
+            self.played[job.group, job.member] = tokens_T
+        return self.partial.cut(jobs, self.graded(b))
 
     def warmth(self, jobs: Sequence[Job], logits_BTV: Tensor) -> Tensor:
         """Temperature that each token is drawn at; jobs of one sampler at once: [B, T]."""
@@ -291,7 +291,6 @@ class TableActor:
             first_call_B=torch.where(call_BT.any(1), before_B, -1),
             level_B=b["task_B"] % 2,
             answer_B=(b.tokens_BT * last_BT * digit_T).sum(1),
-            version_BT=torch.full_like(b.tokens_BT, self.learner.version),
         )
 
     def judge(self, asks: Sequence[Ask]) -> list[str | JudgeFailure]:

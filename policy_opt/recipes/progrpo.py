@@ -83,9 +83,7 @@ def behind_prompt(inputs: Mapping[str, Any]) -> dict[str, Any]:
         key: [[0] * width + row for row in inputs[key]] for key in ("logp_new", "logp_old", "mask")
     }
     moved["prompt_logps"] = [[0.0] * n + row + answer for n, row in zip(gaps, inputs["prompt_logps"], strict=True)]
-    moved["real"] = [
-        [0] * (n - 1) + [1] * (width - n + 1) + row for n, row in zip(gaps, inputs["mask"], strict=True)
-    ]
+    moved["real"] = [[0] * (n - 1) + [1] * (width - n + 1) + row for n, row in zip(gaps, inputs["mask"], strict=True)]
     return {**inputs, **moved}
 
 
