@@ -148,10 +148,12 @@ def recur(x_BT: Tensor, mask_BT: Tensor, factor: float | Tensor) -> Tensor:
 
 def next_action(mask_BT: Tensor) -> Tensor:
     """Position of the next policy token after each position, T where there is none: [B, T]."""
-    width = mask_BT.shape[1]
-    place_T = torch.arange(width, device=mask_BT.device)
-    from_BT = torch.where(mask_BT, place_T, width).flip(1).cummin(1).values.flip(1)
-    return torch.nn.functional.pad(from_BT[:, 1:], (0, 1), value=width)
+    rows, width = mask_BT.shape
+    flat = mask_BT.flatten()
+    place_M = torch.nn.functional.pad(flat.nonzero().squeeze(1), (0, 1), value=rows * width)
+    next_BT = place_M[flat.cumsum(0)].view(rows, width)
+    start_B1 = torch.arange(0, rows * width, width, device=mask_BT.device)[:, None]
+    return (next_BT - start_B1).clamp(max=width)
 
 
 @dataclass(frozen=True)

@@ -143,15 +143,25 @@ def edit_distance(said: Said, relative: bool = False) -> Tensor:
 
 
 def levenshtein(said: Said, a_R: Tensor, b_R: Tensor) -> Tensor:
-    """Edits from response a to response b, for R pairs at once: [R]."""
+    """Edits from response a to response b, for R pairs at once, one anti-diagonal of the table after the other: [R]."""
     width = said.tokens_NL.shape[1]
-    place_J = torch.arange(width + 1, device=a_R.device)
-    row_RJ = place_J.expand(a_R.numel(), -1)
-    other_RL, length_R = said.tokens_NL[b_R], said.length_N[a_R]
-    for i in range(width):
-        swap_RL = row_RJ[:, :-1] + (other_RL != said.tokens_NL[a_R, i][:, None])
-        step_RJ = torch.cat([torch.full_like(row_RJ[:, :1], i + 1), torch.minimum(swap_RL, row_RJ[:, 1:] + 1)], 1)
-        # Insertions run along the row: d_j = min over k <= j of (d_k + j - k).
-        step_RJ = (step_RJ - place_J).cummin(1).values + place_J
-        row_RJ = torch.where((i < length_R)[:, None], step_RJ, row_RJ)
-    return row_RJ.gather(1, said.length_N[b_R][:, None]).squeeze(1)
+    a_RL, b_RL = said.tokens_NL[a_R].int(), said.tokens_NL[b_R].int().flip(1)
+    length_R = said.length_N[a_R]
+    end_R = length_R + said.length_N[b_R]
+    # Entry i of diagonal k is the distance of the first i tokens of a from the first k - i of b.
+    far = 2 * width + 2
+    before_RI = a_RL.new_full((a_R.numel(), width + 1), far)
+    now_RI = before_RI.clone()
+    now_RI[:, 0] = 0
+    found_R = a_RL.new_zeros(a_R.numel())
+    for k in range(1, 2 * width + 1):
+        low, high = max(k - width, 1), min(k - 1, width)
+        next_RI = torch.full_like(now_RI, far)
+        differs_RI = a_RL[:, low - 1 : high] != b_RL[:, width - k + low : width - k + high + 1]
+        one_RI = torch.minimum(now_RI[:, low - 1 : high], now_RI[:, low : high + 1]) + 1
+        next_RI[:, low : high + 1] = torch.minimum(one_RI, before_RI[:, low - 1 : high] + differs_RI)
+        if k <= width:
+            next_RI[:, 0] = next_RI[:, k] = k
+        before_RI, now_RI = now_RI, next_RI
+        found_R = torch.where(end_R == k, now_RI.gather(1, length_R[:, None]).squeeze(1), found_R)
+    return found_R.long()
