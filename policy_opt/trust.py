@@ -1,7 +1,7 @@
 """Trust regions: bounds that differ from row to row, and penalties and targets on the ratio in place of a clip.
 
 Widths are columns, written by one credit part and changed by others, so that rules multiply:
-eps_low_B and eps_high_B are the widths below and above 1 of each row. `Clip`'s constant widths stand in
+eps_low_B and eps_high_B are the widths below and above 1 of each row, eps_low_BT and eps_high_BT of each token. `Clip`'s constant widths stand in
 `policy_opt.surrogates`, gates without a minimum in `policy_opt.gates`.
 """
 
@@ -36,6 +36,8 @@ class MinMax(Part):
     """The column that is written."""
     over: Literal["row", "batch"] = "row"
     """Where minimum and maximum are taken."""
+    reverse: bool = False
+    """(max x - x) in the numerator: the smallest x gets most."""
     eps: float = 1e-8
 
     @property
@@ -58,7 +60,8 @@ class MinMax(Part):
             low_B, high_B = low_B.amin().expand_as(low_B), high_B.amax().expand_as(high_B)
         span_B1 = (high_B - low_B + self.eps)[:, None]
         # With eps = 0 equal values would be 0 / 0.
-        found_BT = (x_BT - low_B[:, None]) / span_B1.where(span_B1 != 0, torch.ones_like(span_B1))
+        top_BT = high_B[:, None] - x_BT if self.reverse else x_BT - low_B[:, None]
+        found_BT = top_BT / span_B1.where(span_B1 != 0, torch.ones_like(span_B1))
         return b.put(**{self.into: torch.where(b.mask_BT, found_BT, 0)})
 
 
@@ -67,28 +70,28 @@ class MinMax(Part):
 
 @dataclass(frozen=True)
 class ClipWithin(Part):
-    """PPO's clipped surrogate within each row's own bounds: max(-A rho, -A clip(rho, 1 - eps_low, 1 + eps_high))."""
+    """PPO's clipped surrogate within each row's or token's own bounds: max(-A rho, -A clip(rho, 1 - low, 1 + high))."""
 
     stage: ClassVar[str] = "surrogate"
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
 
     needs = LOGP, LOGP_OLD
-    reads = frozenset({"adv", "eps_low_B", "eps_high_B"})
+    reads = frozenset({"adv", "eps_low", "eps_high"})
 
     def bounds(self, b: Batch) -> tuple[Tensor, Tensor]:
-        """Lowest and highest ratio: [B, 1] each."""
-        return 1 - b["eps_low_B"][:, None], 1 + b["eps_high_B"][:, None]
+        """Lowest and highest ratio: [B, T] each."""
+        return 1 - b.per_token("eps_low"), 1 + b.per_token("eps_high")
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
-        low_B1, high_B1 = self.bounds(b)
-        return torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(low_B1, high_B1))
+        low_BT, high_BT = self.bounds(b)
+        return torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(low_BT, high_BT))
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
-        low_B1, high_B1 = self.bounds(b)
-        clipped_BT = ((adv_BT > 0) & (rho_BT > high_B1)) | ((adv_BT < 0) & (rho_BT < low_B1))
+        low_BT, high_BT = self.bounds(b)
+        clipped_BT = ((adv_BT > 0) & (rho_BT > high_BT)) | ((adv_BT < 0) & (rho_BT < low_BT))
         return {"ratio": rho_BT, "clip_frac": clipped_BT}
 
 

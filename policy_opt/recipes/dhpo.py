@@ -11,7 +11,7 @@ bounds before they are mixed, so that an outlier of one cannot pass through the 
 `--set variant=entropy` is the entropy-guided mixing: uncertain tokens follow their own ratio, certain ones the
 sequence's. Reconstructed from the abstract and notes on Eqs. 8-11; open, and options here: whether the minimum comes
 after the mixing or before it (clip_form), whether s_i is differentiated through all tokens or straight through its
-own (seq_grad), and over what the entropies are normalised (signals.over).
+own (seq_grad), over what the entropies are normalised (signals.over) and in which direction they act (signals.reverse).
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ what falls behind it; the size of the advantage weighs the regression.
 
 Beyond the target the gradient pulls back, where a clip would only stop. With binary rewards and more than half of
 the group right the median is 1, so the right ones stay and only the wrong ones move; below a half, the reverse.
+Their scripts add a KL to the reference with a coefficient of their own: `--set terms.kl.coef=0.001`.
 The authors' README leaves out the division by std in z; their code, followed here, divides.
 """
 
@@ -18,6 +19,7 @@ from policy_opt.aggregate import TokenMean
 from policy_opt.options import assign
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
+from policy_opt.surrogates import K3
 from policy_opt.terms import Term
 from policy_opt.trust import MedianSignal, RatioTarget
 from policy_opt.vectors import Vectors, aggregation
@@ -37,9 +39,12 @@ recipe = Recipe(
     level="token",
     cite="Ao et al. 2026, arXiv 2604.18578",
     evidence="formulas and defaults read in the authors' code (core_algos.py of bounded_ratio_rl)",
-    deviations="tau is the scripts' (the config says 1); a third of the trainer's learning rate, for 5 epochs on an L1 loss",
+    deviations="tau is the scripts' (config: 1); 5 epochs at 0.3 of the trainer's learning rate, as an L1 loss overshoots",
     advantage=(GroupNorm(eps=1e-6, ddof=1), MedianSignal(eps=1e-6, ddof=1, temperature=1e-4)),
-    terms=(Term(RatioTarget(clip_low=0.3, clip_high=0.3), agg=TokenMean()),),
+    terms=(
+        Term(RatioTarget(clip_low=0.3, clip_high=0.3), agg=TokenMean()),
+        Term(K3(), agg=TokenMean(), coef=0.0, name="kl", weights=()),
+    ),
     schedule=Schedule((Step(epochs=5, lr_scale=0.3),)),
     vectors=Vectors(
         params={

@@ -15,8 +15,12 @@ from policy_opt.sampling import RULES
 from policy_opt.schedule import Schedule, Step
 
 STREAM_OF = {"logp_BT": "logp_new", "values_BT": "values_new", "entropy_BT": "entropy"}
-COLUMN_OF = {"logp_old_BT": "logp_old", "logp_ref_BT": "logp_ref", "values_old_BT": "values_old"}
-COLUMN_OF |= {"entropy_old_BT": "entropy"}
+COLUMN_OF = {
+    "logp_old_BT": "logp_old",
+    "logp_ref_BT": "logp_ref",
+    "values_old_BT": "values_old",
+    "entropy_old_BT": "entropy",
+}
 
 
 class FixedActor:

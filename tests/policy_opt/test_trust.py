@@ -103,6 +103,7 @@ def test_min_max_of_a_row(seed, shift, over):
     b = random_batch(seed, entropy_old_BT=x + shift)
     share = MinMax(eps=0.0, over=over)(b, CTX)["share_BT"]
     assert not share[~b.mask_BT].any() and share.min() >= 0 and share.max() <= 1
+    close((MinMax(eps=0.0, over=over, reverse=True)(b, CTX)["share_BT"] + share).amax(), torch.tensor(1.0).double())
     if over == "row":
         close(share.amax(1), (b.mask_BT.sum(1) > 1).double())
     equal = b.over(entropy_old_BT=torch.full((8, 6), shift).double())
