@@ -10,6 +10,7 @@ Notation: N positions that are asked for, H hidden width, V vocabulary, C rows o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -107,14 +108,24 @@ class TargetLogProb:
 
 @dataclass(frozen=True)
 class FullEntropy:
-    """Entropy in nats of the sampler's distribution."""
+    """Entropy in nats of the sampler's distribution, −Σ p log max(p, floor)."""
+
+    floor: float = 0.0
+    """0: the entropy itself."""
+
+    def _log_CV(self, logp_CV: Tensor) -> Tensor:
+        return logp_CV.clamp(min=math.log(self.floor)) if self.floor else logp_CV
 
     def value_C(self, logp_CV, rows):
-        return -_expect_C(logp_CV.exp(), logp_CV)
+        return -_expect_C(logp_CV.exp(), self._log_CV(logp_CV))
 
     def pull_CV(self, logp_CV, p_CV, value_C, g_C, rows):
-        # d H / d z_j = −p_j (log p_j + H)
-        return p_CV * (_finite(logp_CV) + value_C[:, None]).mul_(-g_C[:, None])
+        # d H / d z_j = −p_j (log max(p_j, floor) + a_j + H − Σ_k p_k a_k), a = 1 above the floor, else 0
+        log_CV = _finite(self._log_CV(logp_CV))
+        if self.floor:
+            above_CV = (p_CV > self.floor).to(p_CV)
+            log_CV = log_CV + above_CV - (p_CV * above_CV).sum(1, keepdim=True)
+        return p_CV * (log_CV + value_C[:, None]).mul_(-g_C[:, None])
 
 
 @dataclass(frozen=True)

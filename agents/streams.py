@@ -152,7 +152,7 @@ class Piece:
             elif isinstance(what, LogProb):
                 asked[need.name] = TargetLogProb(at.take(self.tokens_RT))
             elif isinstance(what, Entropy):
-                asked[need.name] = FullEntropy()
+                asked[need.name] = FullEntropy(what.floor)
             elif isinstance(what, KLTo):
                 with torch.no_grad():
                     other_NH = self._before(what.model, at)

@@ -10,6 +10,7 @@ from agents import head as H
 from agents.head import ExactKL, FullEntropy, Head, TargetLogProb, evaluate, top_k
 
 N, WIDTH, VOCAB = 23, 8, 31
+FLOOR = 0.01
 
 
 def draw(*shape, seed=0):
@@ -51,6 +52,7 @@ def materialised(head: Head, hidden_NH, target_N, other_NH, other: Head):
         logp[torch.arange(N), position[target_N]],
         -(p * logp).sum(1),
         (p * (logp - logq.detach())).sum(1),
+        -(p * p.clamp(min=FLOOR).log()).sum(1),
     ])
 
 
@@ -59,12 +61,14 @@ def test_values_and_gradients_equal_the_materialised_ones(kind):
     head, other = heads(kind), heads(kind)
     hidden, other_hidden = draw(N, WIDTH, seed=3).requires_grad_(), draw(N, WIDTH, seed=4)
     target = torch.arange(N) % 25 + 4
-    got = evaluate(head, hidden, [TargetLogProb(target), FullEntropy(), ExactKL(other_hidden, other)])
+    asked = [TargetLogProb(target), FullEntropy(), ExactKL(other_hidden, other), FullEntropy(FLOOR)]
+    got = evaluate(head, hidden, asked)
+    assert not torch.allclose(got[1], got[3])
     want = materialised(head, hidden, target, other_hidden, other)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
     inputs = [hidden, head.weight_VH] + ([head.bias_V] if head.bias_V is not None else [])
-    cotangent = draw(3, N, seed=5)
+    cotangent = draw(4, N, seed=5)
     for a, b in zip(torch.autograd.grad((got * cotangent).sum(), inputs, retain_graph=True),
                     torch.autograd.grad((want * cotangent).sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)

@@ -11,7 +11,7 @@ import torch
 
 import envs
 from agents.chat import ChatFormat
-from agents.engines.base import Said
+from agents.engines.base import Said, Sampled
 from agents.engines.hf import HFEngine
 from agents.engines.reference import plain_log_probs
 from agents.engines.scripted import Scripted, UnknownScript
@@ -20,6 +20,7 @@ from agents.trajectory import Trajectory
 from policy_opt.protocols import Edit, Job
 from tests.agents.small import Broken, Chatter, engine_for, qwen3
 from tests.agents.tokenizers import CHATML, byte_bpe
+from tools.calls import HERMES, ToolCall
 
 SCRIPT = [[{"role": "tool", "content": f"result {i}"}] for i in range(2)]
 LIMITS = Limits(max_new_tokens=6, max_context=400)
@@ -111,6 +112,41 @@ def test_environments_are_used_again_and_failed_ones_are_not() -> None:
     roll(make, [j for j in jobs(4, 1) if j.group != 1], pool=pool)
     assert len(made) == 4
     pool.close()
+
+
+class Telling:
+    """An engine that says what it is told, turn by turn, whatever it is fed."""
+
+    rows, max_context, version = 8, 10_000, 0
+
+    def __init__(self, chat: ChatFormat, turns: list[str]) -> None:
+        self.chat, self.turns, self.asked = chat, turns, dict[Any, int]()
+
+    def turn(self, key: Any, ids: Any, seed: Any, max_new_tokens: int, sampler: Any = None) -> None:
+        self.asked[key] = seed[3]
+
+    def run(self) -> Any:
+        said = [(key, self.chat.turn_ids(self.turns[turn])) for key, turn in sorted(self.asked.items())]
+        self.asked.clear()
+        return [(key, Sampled(tuple(ids), (-1.0,) * len(ids), "stop")) for key, ids in said]
+
+    def close(self, key: Any) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def test_the_first_call_is_found_to_the_token() -> None:
+    chat, _ = setup()
+    call = HERMES.render("so", [ToolCall("calculator", {"expression": "1+1"})])
+    told = [f"well {call} and {call}", "<answer>2</answer>"]
+    make = lambda: envs.make("tool_qa", profile="tiny")  # noqa: E731
+    [t] = play(jobs(1, 1), make, chat, Telling(chat, told), LIMITS, 0)
+    [silent] = play(jobs(1, 1), make, chat, Telling(chat, told[1:]), LIMITS, 0)
+    ids = chat.turn_ids(told[0])
+    before = t.first_call
+    assert before is not None and t.verdict is not None and t.verdict.facts["tool_calls"] == 2
+    assert "<tool_call>" not in chat.decode(ids[:before]) and chat.decode(ids[: before + 1]).endswith("<tool_call>")
+    assert silent.first_call is None and silent.verdict is not None and silent.verdict.facts["answer_key"] == "2"
 
 
 # ---------------------------------------------------------------------------------------- failures are outcomes

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -14,6 +17,7 @@ from agents.actor import LMActor, Player
 from agents.chat import ChatFormat
 from agents.checkpoint import pack, unpack
 from agents.config import SaveConfig
+from agents.dist import World
 from agents.engines.hf import HFEngine
 from agents.engines.reference import plain_log_probs
 from agents.rollout import Limits, play, play_text
@@ -162,6 +166,42 @@ def test_what_nobody_goes_on_with_is_dropped_an_iteration_later() -> None:
     assert sorted(actor.player.carried.waiting) == [(0, 0), (1, 0)]
     actor.begin()
     assert sorted(actor.player.carried.waiting) == sorted(actor.player.carried.live) == [(0, 0)]
+
+
+class Side(World):
+    """One of two processes, played by threads: values are handed over as pickles, as between processes."""
+
+    def __init__(self, rank: int, table: list[Any], meet: threading.Barrier) -> None:
+        super().__init__()
+        self.rank, self.size, self.table, self.meet = rank, 2, table, meet
+
+    def gather(self, value: Any) -> list[Any]:
+        self.table[self.rank] = pickle.dumps(value)
+        self.meet.wait(60)
+        found = [pickle.loads(entry) for entry in self.table]
+        self.meet.wait(60)
+        return found
+
+
+def test_two_processes_go_on_as_one_does() -> None:
+    """Each holds the environments of the episodes that it played, wherever those stand among the jobs."""
+    chat, engine = setup()
+    table, meet = [b"", b""], threading.Barrier(2)
+
+    engines = [engine_for(chat, copy.deepcopy(engine.model), rows=3) for _ in range(2)]
+
+    def run(world: World) -> list[Any]:
+        actor = LMActor(Player(chatter, chat, engines[world.rank], LIMITS, 5, world), torch.float64)
+        actor.begin()
+        return [actor.play([Job(g, g, 0, budget=5, sampler=Sampler(0.8)) for g in range(5)]), *onwards(actor)]
+
+    alone = run(World())
+    with ThreadPoolExecutor(2) as threads:
+        sides = list(threads.map(run, [Side(0, table, meet), Side(1, table, meet)]))
+    for batches in sides:
+        for a, b in zip(alone, batches, strict=True):
+            for name in a.columns:
+                torch.testing.assert_close(b[name], a[name], rtol=1e-9, atol=1e-12)
 
 
 T_PPO = {"algo": "t_ppo", "set": ("curriculum.window=1",)}
