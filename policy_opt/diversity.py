@@ -34,8 +34,8 @@ class Said(NamedTuple):
         root_B = b.roots()
         ids = torch.unique(b.tokens_BT[b.mask_BT], return_inverse=True)[1]
         row_M, place_M = b.mask_BT.nonzero().unbind(1)
-        for key_M in (b["segment_BT"][row_M, place_M], root_B[row_M]):
-            order_M = key_M.argsort(stable=True)
+        for key_BT in (b["segment_BT"], root_B[:, None].expand(b.B, b.T)):
+            order_M = key_BT[row_M, place_M].argsort(stable=True)
             row_M, place_M, ids = row_M[order_M], place_M[order_M], ids[order_M]
         first_N = (root_B == torch.arange(b.B, device=root_B.device)).nonzero().squeeze(1)
         number_B = torch.zeros_like(root_B).index_copy_(
