@@ -41,7 +41,8 @@ def progress(history: Sequence[float], now: float) -> Progress:
     window_K = torch.tensor(history, dtype=torch.float64)
     std = float(window_K.std(correction=0)) if window_K.numel() > 1 else 0.0
     std = std if std >= 1e-8 else 1.0
-    mean = float(window_K.mean())
+    # From the first one on: a constant window has that very mean, and no progress against it.
+    mean = float(window_K[0] + (window_K - window_K[0]).mean())
     return Progress(mean, std, min(max(now - mean, -LIMIT), LIMIT) / std)
 
 

@@ -91,7 +91,7 @@ def by_bundle(t: Trace, column: str) -> dict[str, Any]:
 
 def scores(t: Trace) -> dict[str, list[float]]:
     """The papers of each bundle, in order."""
-    found = {str(d): {} for d in t.inputs["bundle"]}
+    found: dict[str, dict[int, float]] = {str(d): {} for d in t.inputs["bundle"]}
     for bundle, paper, score in zip(
         t.inputs["bundle"], t["paper_B"].tolist(), t["paper_score_B"].tolist(), strict=True
     ):
