@@ -1,8 +1,8 @@
 """Trust regions: bounds that differ from row to row, and penalties and targets on the ratio in place of a clip.
 
-Widths are columns, written by one credit part and changed by others, so that rules multiply:
-eps_low_B and eps_high_B are the widths below and above 1 of each row, eps_low_BT and eps_high_BT of each token. `Clip`'s constant widths stand in
-`policy_opt.surrogates`, gates without a minimum in `policy_opt.gates`.
+Widths are columns, written by one credit part and changed by others, so that rules multiply: eps_low_B and
+eps_high_B are the widths below and above 1 of each row, eps_low_BT and eps_high_BT of each token. `Clip`'s constant
+widths stand in `policy_opt.surrogates`, gates without a minimum in `policy_opt.gates`.
 """
 
 from __future__ import annotations

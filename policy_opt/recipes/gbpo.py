@@ -39,7 +39,7 @@ recipe = Recipe(
     level="token",
     cite="Ao et al. 2026, arXiv 2604.18578",
     evidence="formulas and defaults read in the authors' code (core_algos.py of bounded_ratio_rl)",
-    deviations="tau is the scripts' (config: 1); 5 epochs at 0.3 of the trainer's learning rate, as an L1 loss overshoots",
+    deviations="tau is the scripts' (config: 1); 5 epochs at 0.3 of the trainer's rate (an L1 loss overshoots)",
     advantage=(GroupNorm(eps=1e-6, ddof=1), MedianSignal(eps=1e-6, ddof=1, temperature=1e-4)),
     terms=(
         Term(RatioTarget(clip_low=0.3, clip_high=0.3), agg=TokenMean()),
