@@ -31,6 +31,7 @@ from policy_opt.catalog import find, part_name
 from policy_opt.errors import RecipeError, unknown
 from policy_opt.part import Part
 from policy_opt.recipe import STAGES, Recipe
+from policy_opt.schedule import Step
 from policy_opt.terms import Term
 
 LISTS = (*STAGES, "terms")
@@ -161,8 +162,7 @@ def _inside(value: Any, names: tuple[str, ...], rebuild: Callable[[Any], Recipe]
             def replaced(new: Any, i: int = i) -> Recipe:
                 return rebuild((*value[:i], new, *value[i + 1 :]))
 
-            own = item.name if isinstance(item, Term) else part_name(type(item))
-            yield from _inside(item, (*names, str(i), own), replaced)
+            yield from _inside(item, (*names, str(i), _own_name(item)), replaced)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         for f in dataclasses.fields(value):
@@ -174,6 +174,13 @@ def _inside(value: Any, names: tuple[str, ...], rebuild: Callable[[Any], Recipe]
             yield Address((*names, f.name), hints[f.name], inner, changed, type(value))
             kind = (part_name(type(inner)),) if isinstance(inner, Part) else ()
             yield from _inside(inner, (*names, f.name, *kind), changed)
+
+
+def _own_name(item: Any) -> str:
+    """What one of several is called: a term by its name, a step of the schedule by its source."""
+    if isinstance(item, Term):
+        return item.name
+    return part_name(type(item.source if isinstance(item, Step) else item))
 
 
 def _address(recipe: Recipe, path: str) -> Address:

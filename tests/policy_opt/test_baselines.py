@@ -26,7 +26,7 @@ from policy_opt.table import TableActor, TableLearner
 from policy_opt.terms import Loss
 from tests.policy_opt.test_recipes import WORLD, gradients
 
-quick = settings(max_examples=15, deadline=None)
+quick = settings(max_examples=12, deadline=None)
 seeds = st.integers(0, 10**6)
 pytestmark = pytest.mark.filterwarnings("ignore:.*groups of even size")
 
@@ -90,7 +90,7 @@ FLOWS = [
 
 
 @pytest.mark.parametrize("form", FLOWS, ids=" ".join)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=seeds)
 def test_rows_may_stand_in_any_order_and_padding_changes_nothing(form, seed):
     b = some(seed)
@@ -106,7 +106,7 @@ def test_rows_may_stand_in_any_order_and_padding_changes_nothing(form, seed):
 
 
 @pytest.mark.parametrize("form", FLOWS, ids=" ".join)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seed=seeds)
 def test_a_trajectory_of_several_rows_counts_once(form, seed):
     """Its further rows have what its first one has, and change nothing elsewhere."""
