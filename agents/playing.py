@@ -32,6 +32,8 @@ class Playing:
         if result.ledger is None:
             result.ledger, result.version = Ledger(), version
             result.sampler = replace(params, temperature=self.sampler.temperature) if self.sampler else params
+        if self.sampler is not None and self.sampler.hook is not None:
+            result.facts["temperature_rule"] = self.sampler.hook
         self.ledger = result.ledger
 
     def open(self) -> None:

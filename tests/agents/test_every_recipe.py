@@ -85,6 +85,8 @@ def test_two_iterations(ground: Any, slug: str, variant: str | None) -> None:
     for record in trainer.history:
         assert all(math.isfinite(v) for v in record.values() if isinstance(v, (int, float))), record
         assert record["skipped"] == 0 and record["no_verdict"] == 0
+    rules = {t.facts.get("temperature_rule") for t in session.actor.played} - {None}
+    assert rules == session.recipe.hooks, "in the second iteration every sampler has what its rule takes"
     assert max(record["logp_gap"] for record in trainer.history) <= 1e-4
     moved = [name for name, value in session.model.state_dict().items() if not torch.equal(value, ground[1][name])]
     assert moved and all(torch.isfinite(p).all() for p in session.model.parameters())
