@@ -32,6 +32,8 @@ class WarmConfig:
 
     when: Literal["auto", "always", "never"] = "auto"
     """auto: the bundled model on an environment with demonstrators."""
+    scripts: tuple[str, ...] = ()
+    """Scripts to imitate and their shares, NAME=SHARE; may be given several times; none: as the environment has it."""
     episodes: int = 400
     """Demonstrations at most; each is of another training task."""
     epochs: int = 2
