@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -23,6 +24,48 @@ Errors = tuple[type[BaseException], ...]
 
 class UsageError(ValueError):
     """Something in the command or its configuration is wrong; the message says what, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers an option takes; stands in its type as Annotated[int, Range(1)]."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False
+    """Without the two ends themselves."""
+
+    def refuses(self, value: float) -> bool:
+        """Whether a number is outside; NaN and infinities always are."""
+        inside = self.low < value < self.high if self.open else self.low <= value <= self.high
+        return not (inside and math.isfinite(value))
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"above {self.low:g}" if self.open else f"{self.low:g} or more"
+        return f"between {self.low:g} and {self.high:g}"
+
+
+Natural = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+def check_ranges(config: Any, path: str = "") -> None:
+    """UsageError naming the first number of a config (and the configs in it) that is outside its Range."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{path}{f.name}.")
+        elif isinstance(value, int | float):
+            for part in (hints[f.name], *typing.get_args(hints[f.name])):
+                for bound in getattr(part, "__metadata__", ()):
+                    if isinstance(bound, Range) and bound.refuses(value):
+                        option = f"--{path}{f.name}".replace("_", "-")
+                        raise UsageError(f"{option} is {bound}, not {value}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -41,7 +84,7 @@ def parse(config_type: type[C], argv: Sequence[str], prog: str, default: C | Non
     base = default if default is not None else _default(config_type)
     for file in files:
         base = from_toml(file, config_type, base)
-    return tyro.cli(  # type: ignore[return-value]
+    config = tyro.cli(
         config_type,
         prog=prog,
         description=(config_type.__doc__ or "").strip() + "\n\n--config FILE.toml reads options from a file; "
@@ -50,6 +93,8 @@ def parse(config_type: type[C], argv: Sequence[str], prog: str, default: C | Non
         default=base,
         config=(tyro.conf.UseAppendAction,),
     )
+    check_ranges(config)
+    return config  # type: ignore[return-value]
 
 
 def _default(config_type: type[C]) -> C | None:
@@ -175,5 +220,6 @@ def run(
 
 
 def _refuse(error: Exception) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same mistake; one says so
+        print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2) from None

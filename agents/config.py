@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from agents.cli import Count, Fraction, Natural, NonNegative, Positive
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -13,19 +15,19 @@ class OptimConfig:
     name: str = "adamw"
     """lion, lion_k, momentum, stosignsgd, or one of torch.optim: adamw, adam, sgd, ...; with options of its own as
     NAME(OPTION=VALUE), e.g. lion_k(kappa=huber(e=0.05)) or stosignsgd(direction=adam)."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate; none: 5e-4 for models below 20 million parameters, else 1e-6."""
-    beta1: float = 0.9
+    beta1: Fraction = 0.9
     """Momentum, where the optimizer has one."""
-    beta2: float = 0.99
+    beta2: Fraction = 0.99
     """Decay of the squared gradient, where the optimizer has one."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled decay of matrices; vectors (norms, biases) are never decayed."""
-    clip: float = 1.0
+    clip: NonNegative = 1.0
     """Largest gradient norm; 0 = no clipping."""
-    warmup: int = 0
+    warmup: Count = 0
     """Optimizer steps over which the rate rises linearly from zero."""
-    seed: int | None = None
+    seed: Count | None = None
     """Of the noise that stochastic optimizers draw; none: the run's."""
 
 
@@ -35,13 +37,15 @@ class WarmConfig:
 
     when: Literal["auto", "always", "never"] = "auto"
     """auto: the bundled model on an environment with demonstrators."""
-    episodes: int = 400
+    scripts: tuple[str, ...] = ()
+    """Scripts to imitate and their shares, NAME=SHARE; may be given several times; none: as the environment has it."""
+    episodes: Natural = 400
     """Demonstrations at most; each is of another training task."""
-    epochs: int = 2
+    epochs: Natural = 2
     """Passes over them."""
-    batch: int = 8
+    batch: Natural = 8
     """Conversations per optimizer step."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Peak learning rate; it rises over a tenth of the steps and falls linearly to a tenth."""
     cache: bool = True
     """Keep the result under the cache folder, by content of model, environment and these settings."""
@@ -51,19 +55,19 @@ class WarmConfig:
 class RolloutConfig:
     """How episodes are played."""
 
-    rows: int = 128
+    rows: Natural = 128
     """Episodes that are played at the same time."""
-    max_turns: int | None = None
+    max_turns: Natural | None = None
     """Turns per episode; none: the environment's own bound."""
-    max_new_tokens: int = 64
+    max_new_tokens: Natural = 64
     """Sampled tokens per turn at most."""
-    max_context: int | None = None
+    max_context: Natural | None = None
     """Tokens per episode at most, all included; none: 512 for tiny models, else 4,096, or what the model has."""
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Softmax temperature of sampler and trainer."""
-    top_k: int = 0
+    top_k: Count = 0
     """Sample among the k likeliest tokens; 0: all. Training needs 0."""
-    top_p: float = 1.0
+    top_p: Fraction = 1.0
     """Sample among the likeliest tokens of this total probability. Training needs 1."""
 
 
@@ -71,15 +75,15 @@ class RolloutConfig:
 class EvalConfig:
     """The evaluations before and after training."""
 
-    episodes: int = 500
+    episodes: Natural = 500
     """Held-out tasks, one episode each."""
-    hard_episodes: int = 200
+    hard_episodes: Count = 200
     """Held-out tasks of a harder level than was trained on; 0: no such row."""
     hard_level: str | None = "hard"
     """That level, as the environment names it; left out where the environment has none of the name."""
-    every: int = 0
+    every: Count = 0
     """Iterations between small evaluations during training; 0: none."""
-    every_episodes: int = 100
+    every_episodes: Natural = 100
     """Episodes of a small evaluation."""
 
 
@@ -87,13 +91,13 @@ class EvalConfig:
 class SaveConfig:
     """What is kept while training."""
 
-    every: int = 10
+    every: Natural = 10
     """Iterations between checkpoints; the last iteration and an interruption always write one."""
-    keep: int = 2
+    keep: Natural = 2
     """Checkpoints kept."""
-    trajectories: int = 5
+    trajectories: Count = 5
     """Store the episodes of every so many iterations (and of the first and the last); 0: none."""
-    eval_trajectories: int = 100
+    eval_trajectories: Count = 100
     """Episodes of each evaluation to store beside them."""
 
 
@@ -115,15 +119,15 @@ class TrainConfig:
     """Recipe (python -m policy_opt)."""
     set: tuple[str, ...] = ()
     """Change to the recipe, STAGE=PART(OPTION=VALUE); may be given several times."""
-    seed: int = 0
+    seed: Count = 0
     """Every random stream of the run derives from it."""
-    steps: int = 80
+    steps: Natural = 80
     """Iterations."""
-    groups: int = 16
+    groups: Natural = 16
     """Tasks per iteration."""
-    group_size: int = 8
+    group_size: Natural = 8
     """Episodes per task."""
-    train_tasks: int = 2000
+    train_tasks: Natural = 2000
     """Size of the pool of training tasks, with stable ids."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(warmup=5))
     """The policy's optimizer."""
@@ -135,13 +139,13 @@ class TrainConfig:
     """Evaluations."""
     save: SaveConfig = field(default_factory=SaveConfig)
     """Checkpoints and stored episodes."""
-    micro_tokens: int | None = None
+    micro_tokens: Natural | None = None
     """Tokens of a training micro-batch, padding included; none: 1,024 for tiny models, else 8,192."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Weights. bfloat16: float32 weights, computed with in bfloat16 where the device can."""
-    threads: int | None = None
+    threads: Natural | None = None
     """Threads per process; none: 1 for tiny models (below 20 million parameters), else torch's choice."""
-    processes: int | None = None
+    processes: Natural | None = None
     """Processes that share episodes and rows; none: 2 for the bundled model where there are two cores, else 1."""
     run: str | None = None
     """Folder of the run; none: a new one under `runs`."""
@@ -149,7 +153,7 @@ class TrainConfig:
     """Where new run folders go."""
     resume: str | None = None
     """Go on with this run, exactly where its last checkpoint stands. Takes no other options but steps."""
-    from_step: int | None = None
+    from_step: Count | None = None
     """With resume: the checkpoint of this step instead of the last one."""
     dry_run: bool = False
     """Print tokens, memory and time to expect, and stop."""

@@ -99,6 +99,10 @@ def launched(module: str, argv: Sequence[str], processes: int) -> Iterator[None]
         yield
         return
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        torch.set_num_threads(threads)  # this process has read the variable already
+        shared["OMP_NUM_THREADS"] = str(threads)
     if sys.platform == "linux":
         shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # works without any network
     others = [

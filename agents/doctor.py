@@ -238,8 +238,8 @@ def _failures(history: Metrics, evals: Sequence[Mapping[str, Any]], bounds: Boun
     """The worst of the training window and of any evaluation."""
     shares = [e.get("failure_share") for e in evals]
     values = [float(s) for s in shares if isinstance(s, int | float)]
-    recent = (_recent(history, key) for key in ("failures", "no_verdict"))
-    values += [share for share in recent if share is not None]
+    recent = _recent(history, "failures")
+    values += [] if recent is None else [recent]
     if not values:
         return None
     advice = "Verdicts are missing: look at the stop reasons and fix the verifier, tool or engine they name."

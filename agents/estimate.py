@@ -50,7 +50,7 @@ def _rollout(session: Session) -> tuple[int, list[Ledger], float]:
     seconds = time.perf_counter() - began
     ledgers = [t.ledger for t in played if t.ledger is not None and t.ledger.sampled]
     if not ledgers:  # the policy says nothing: scripted episodes show what there is to read
-        weights = warm.demonstrator_weights(session.make_env) or {"oracle": 1.0}
+        weights = warm.demonstrator_weights(session.make_env, session.config.warm.scripts) or {"oracle": 1.0}
         demos = warm.demonstrations(session.make_env, weights, range(PROBE), 0, session.player.limits.max_turns)
         ledgers = warm.fitting([record(session.chat, demo) for demo in demos], session.player.limits.max_context)[0]
     return sum(x.sampled for x in ledgers), ledgers, seconds

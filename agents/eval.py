@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from agents import cli
-from agents.cli import UsageError
+from agents.cli import Count, Fraction, Natural, NonNegative, Positive, UsageError
 from agents.engines.base import SampleParams
 from agents.evaluate import EvalResult, Player, TextPlayer, evaluate
 from agents.rollout import Limits, MakeEnv
@@ -42,7 +42,7 @@ class EvalCommand:
     """Arguments of the environment, NAME=VALUE; may be given several times."""
     reward: str | None = None
     """Reward function of a jsonl environment, module:function."""
-    episodes: int = 400
+    episodes: Natural = 400
     """Episodes, rounded up to whole tasks."""
     k: str = "1"
     """The pass@k that are wanted, separated by commas; the largest is the number of episodes per task."""
@@ -50,27 +50,27 @@ class EvalCommand:
     """Difficulty level or mix of levels; none: the run's, or the environment's default mix."""
     split: str = "eval"
     """Split of the tasks."""
-    seed: int = 0
+    seed: Count = 0
     """Seed of the sampling; the tasks are always the first ones of the split."""
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Softmax temperature; 0 takes the likeliest token."""
-    top_k: int = 0
+    top_k: Count = 0
     """Sample among the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
+    top_p: Fraction = 1.0
     """Sample among the likeliest tokens of this total probability."""
-    max_new_tokens: int | None = None
+    max_new_tokens: Natural | None = None
     """Sampled tokens per turn at most; none: the run's, or 128."""
-    max_context: int | None = None
+    max_context: Natural | None = None
     """Tokens per episode at most; none: the run's, or 2048, within what the model holds."""
-    max_turns: int = 64
+    max_turns: Natural = 64
     """Turns per episode at most; the environment may end it earlier."""
-    rows: int = 128
+    rows: Natural = 128
     """Episodes played at the same time by a local model."""
-    workers: int = 8
+    workers: Natural = 8
     """Episodes played at the same time by a server."""
-    timeout_s: float = 120.0
+    timeout_s: Positive = 120.0
     """Seconds that a server may take for one turn."""
-    retries: int = 2
+    retries: Count = 2
     """Further attempts after a server's time-out, lost connection or refusal for load."""
     native_tools: bool = True
     """Offer tools in the server's own form; off: describe them in the system message."""

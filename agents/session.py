@@ -13,7 +13,7 @@ import torch
 import policy_opt
 from agents.actor import LMActor, Player, refuse_truncated
 from agents.chat import ChatFormat
-from agents.cli import UsageError, assignments
+from agents.cli import UsageError, assignments, check_ranges
 from agents.config import TrainConfig
 from agents.dist import World
 from agents.engines.base import SampleParams
@@ -129,6 +129,7 @@ def with_temperature(recipe: Recipe, temperature: float) -> Recipe:
 
 def build(config: TrainConfig, world: World) -> Session:
     """Build a session. Raises UsageError, UnknownEnv, RecipeError or ChatFormatError on what the user got wrong."""
+    check_ranges(config)
     recipe = policy_opt.get(config.algo)
     recipe = recipe.set(*config.set) if config.set else recipe
     recipe.check()

@@ -17,7 +17,7 @@ import torch
 
 from agents import cli, warm
 from agents.chat import ChatFormat
-from agents.cli import UsageError
+from agents.cli import Count, Fraction, Natural, UsageError
 from agents.config import OptimConfig
 from agents.display import Display, choose
 from agents.forward import Convention
@@ -44,25 +44,25 @@ class SftConfig:
     """A run folder, or JSON lines with `messages` (OpenAI chat shape) and optionally `tools`."""
     only_correct: bool = True
     """From a run: successful episodes only."""
-    episodes: int = 400
+    episodes: Natural = 400
     """Demonstrations at most."""
-    epochs: int = 2
+    epochs: Natural = 2
     """Passes over them."""
-    batch: int = 16
+    batch: Natural = 16
     """Conversations per optimizer step."""
-    held_out: float = 0.1
+    held_out: Fraction = 0.1
     """Share of the demonstrations that is kept aside to measure on."""
-    max_context: int = 2048
+    max_context: Natural = 2048
     """Longer conversations are left out, and counted."""
-    micro_tokens: int = 1024
+    micro_tokens: Natural = 1024
     """Tokens of a training micro-batch, padding included."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, beta2=0.98, weight_decay=0.01))
     """The optimizer; its rate rises over a tenth of the steps and falls linearly to a tenth."""
-    seed: int = 0
+    seed: Count = 0
     """Order, choice of demonstrations, what is held out."""
     dtype: Literal["float32", "float64"] = "float32"
     """Weights."""
-    threads: int | None = None
+    threads: Natural | None = None
     """Threads; none: 1 for models below 20 million parameters, else torch's choice."""
     json: bool = False
     """End with one line of JSON."""

@@ -16,7 +16,7 @@ from agents.cli import UsageError, as_json
 from agents.config import TrainConfig
 from agents.display import Display
 from agents.doctor import diagnose
-from agents.evaluate import EvalResult, evaluate
+from agents.evaluate import EvalResult, evaluate, failure_of
 from agents.imitate import record
 from agents.models import export
 from agents.rollout import Progress
@@ -72,7 +72,7 @@ class Trainer:
     def warm_start(self) -> None:
         """Imitate the environment's demonstrators, if the configuration and the environment say so."""
         s, c = self.session, self.config
-        weights = warm.demonstrator_weights(s.make_env) if c.warm.when != "never" else {}
+        weights = warm.demonstrator_weights(s.make_env, c.warm.scripts) if c.warm.when != "never" else {}
         if not weights and c.warm.when == "always":
             raise UsageError(f"{c.env} has no demonstrators, so there is nothing to warm-start on (--warm.when never)")
         if not weights or (c.warm.when == "auto" and c.model != "bundled"):
@@ -123,9 +123,10 @@ class Trainer:
                 extra[fact] = mean
         sampled = sum(t.length for t in played)
         extra["episodes"] = len(played)
-        extra["no_verdict"] = sum(t.verdict is None and not t.unfinished for t in played) / max(1, len(played))
-        if any(t.unfinished for t in played):
-            extra["unfinished"] = sum(t.unfinished for t in played) / len(played)
+        finished = [t for t in played if not t.unfinished]
+        extra["failures"] = sum(failure_of(t) is not None for t in finished) / max(1, len(played))
+        if len(finished) < len(played):
+            extra["unfinished"] = 1 - len(finished) / len(played)
         extra["trained_tokens"] = int(batch.real_BT.sum())
         extra["tokens_per_second"] = round(sampled / max(seconds, 1e-9), 1)
         extra["lr"] = self.session.learner.lr

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from agents.cli import UsageError, assignments, nearest
 from agents.config import OptimConfig, WarmConfig
 from agents.dist import World
 from agents.engines.base import Key, Said, Voice
@@ -69,13 +70,23 @@ def demonstrations(
     ]
 
 
-def demonstrator_weights(make_env: MakeEnv) -> dict[str, float]:
-    """The environment's demonstrators; empty where it has none."""
+def demonstrator_weights(make_env: MakeEnv, chosen: Sequence[str] = ()) -> dict[str, float]:
+    """Shares of the scripts to imitate: those chosen (NAME=SHARE), or the environment's own; empty where it has none.
+
+    Raises UsageError for a script that the environment does not have, and for a share that is no number above zero.
+    """
     env = make_env()
-    try:
-        return dict(getattr(getattr(env, "unwrapped", env), "demonstrators", {}))
-    finally:
-        env.close()
+    core: Any = getattr(env, "unwrapped", env)
+    env.close()
+    if not chosen:
+        return dict(getattr(core, "demonstrators", {}))
+    shares = assignments(chosen, "--warm.scripts")
+    for name, share in shares.items():
+        if name not in core.scripts:
+            raise UsageError(f"--warm.scripts: no script `{name}`{nearest(name, core.scripts)}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
+            raise UsageError(f"--warm.scripts {name}={share}: a share is a number above zero")
+    return {name: float(share) for name, share in shares.items()}
 
 
 def demo_tasks(config: WarmConfig, pool: int, seed: int) -> list[int]:
@@ -115,7 +126,7 @@ def cache_key(
 ) -> str:
     """Content hash of everything that the result depends on: weights, demonstrated tokens, settings."""
     settings = {**asdict(config), **asdict(convention), "seed": seed, "recipe": _RECIPE}
-    for name in ("when", "cache", "episodes"):  # they choose demonstrations or whether to look, not the result
+    for name in ("when", "cache", "episodes", "scripts"):  # choose what to show or whether to look, not the result
         settings.pop(name)
     text = json.dumps([fingerprint(model), digest(ledgers), settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

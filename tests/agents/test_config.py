@@ -121,3 +121,28 @@ def test_user_errors_exit_2_with_one_line(capsys, monkeypatch):
         cli.run(fail)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: no such thing; did you mean `thing`?\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--groups", "0"], "--groups is 1 or more, not 0"),
+        (["--group-size", "-3"], "--group-size is 1 or more, not -3"),
+        (["--optim.lr", "0"], "--optim.lr is above 0, not 0.0"),
+        (["--optim.lr", "nan"], "--optim.lr is above 0, not nan"),
+        (["--optim.beta1", "1.5"], "--optim.beta1 is between 0 and 1, not 1.5"),
+        (["--rollout.max-turns", "0"], "--rollout.max-turns is 1 or more, not 0"),
+        (["--rollout.temperature", "inf"], "--rollout.temperature is 0 or more, not inf"),
+    ],
+)
+def test_numbers_outside_their_range_are_named(argv, message):
+    with pytest.raises(UsageError) as refused:
+        cli.parse(TrainConfig, argv, "train")
+    assert str(refused.value) == message
+
+
+def test_a_file_is_held_to_the_same_ranges(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text("[warm]\nepochs = 0\n")
+    with pytest.raises(UsageError, match=r"--warm\.epochs is 1 or more, not 0"):
+        cli.parse(TrainConfig, ["--config", str(file)], "train")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agents import train
+from agents.cli import UsageError
 from agents.config import EvalConfig, OptimConfig, RolloutConfig, SaveConfig, TrainConfig, WarmConfig
 from agents.display import Silent
 from agents.dist import World
@@ -16,6 +17,7 @@ from agents.models import load_model
 from agents.runfolder import RunFolder
 from agents.session import build
 from agents.trainer import Trainer, save_config
+from agents.warm import demonstrator_weights
 from tests.agents.letters import SHAPED, SPEC, save_model
 
 
@@ -111,6 +113,19 @@ def test_the_warm_start_is_kept_by_content(model_folder, tmp_path, monkeypatch):
         trained.append(trainer.session.model.lm_head.weight.detach().clone())
     assert ["cached" in n for n in notes] == [False, True, False]
     assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+
+
+def test_scripts_to_imitate_are_chosen_by_share(model_folder):
+    make_env = build(small(model_folder, env=SPEC), World()).make_env
+    assert demonstrator_weights(make_env) == {"oracle": 0.5, "babble": 0.5}
+    assert demonstrator_weights(make_env, ("babble=3", "oracle=0.5")) == {"babble": 3.0, "oracle": 0.5}
+    with pytest.raises(UsageError, match=r"--warm.scripts: no script `orcle`; did you mean `oracle`\?"):
+        demonstrator_weights(make_env, ("orcle=1",))
+    for share in ("0", "-1", "nan", "True", "much", "1e999"):
+        with pytest.raises(UsageError, match="a share is a number above zero"):
+            demonstrator_weights(make_env, (f"oracle={share}",))
+    with pytest.raises(UsageError, match="NAME=VALUE"):
+        demonstrator_weights(make_env, ("oracle",))
 
 
 def test_json_and_dry_run(model_folder, tmp_path, capsys):
