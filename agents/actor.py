@@ -10,6 +10,7 @@ import torch
 from agents.batching import OWN, batch_of, numbers_of
 from agents.carried import Carried
 from agents.chat import ChatFormat
+from agents.demonstrate import demonstrated
 from agents.dist import World
 from agents.engines.base import Engine
 from agents.rollout import EnvPool, Limits, MakeEnv, OnProgress, Progress, play
@@ -72,6 +73,10 @@ class Player:
         self.carried.put(jobs, everything, homes, kept, options or {})
         return everything
 
+    def demonstrate(self, jobs: Sequence[Job]) -> list[Trajectory]:
+        """Episodes of the environment's demonstrators; scripts cost little, so that every process plays them all."""
+        return demonstrated(self.make_env, self.chat, jobs, self.seed, self.limits, self.version())
+
     def _scaled(self, on_progress: OnProgress | None, mine: int, total: int) -> OnProgress | None:
         """Progress of this process as an estimate of the whole."""
         if on_progress is None or mine == 0:
@@ -112,7 +117,11 @@ class LMActor:
 
     def play(self, jobs: Sequence[Job]) -> Batch:
         """One row per episode (or segment of it), in the order of the jobs."""
-        trajectories = self.player(jobs, on_progress=self.on_progress)
+        demos = [job for job in jobs if job.demo]
+        shown = iter(self.player.demonstrate(demos) if demos else ())
+        sampled = [job for job in jobs if not job.demo]
+        played = iter(self.player(sampled, on_progress=self.on_progress) if sampled else ())
+        trajectories = [next(shown if job.demo else played) for job in jobs]
         self.played += trajectories
         if self.facts is None:  # later batches get the same columns, so that rounds can be joined
             verdicts = [v for v in (self.sample, *(t.verdict for t in trajectories)) if v is not None]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from agents import warm
+from agents import demonstrate, warm
 from agents.imitate import batch_of, record
 from agents.ledger import Ledger
 from agents.models import parameters
@@ -50,8 +50,8 @@ def _rollout(session: Session) -> tuple[int, list[Ledger], float]:
     seconds = time.perf_counter() - began
     ledgers = [t.ledger for t in played if t.ledger is not None and t.ledger.sampled]
     if not ledgers:  # the policy says nothing: scripted episodes show what there is to read
-        weights = warm.demonstrator_weights(session.make_env, session.config.warm.scripts) or {"oracle": 1.0}
-        demos = warm.demonstrations(session.make_env, weights, range(PROBE), 0, session.player.limits.max_turns)
+        weights = demonstrate.demonstrator_weights(session.make_env, session.config.warm.scripts) or {"oracle": 1.0}
+        demos = demonstrate.demonstrations(session.make_env, weights, range(PROBE), 0, session.player.limits.max_turns)
         ledgers = warm.fitting([record(session.chat, demo) for demo in demos], session.player.limits.max_context)[0]
     return sum(x.sampled for x in ledgers), ledgers, seconds
 

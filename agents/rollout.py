@@ -242,7 +242,7 @@ def _check(jobs: Sequence[Job], kept: Kept, text: bool = False) -> None:
         if key_of(job) in seen:
             raise ValueError(f"two jobs are called (group, member) = {key_of(job)}")
         seen.add(key_of(job))
-        for what in ("edit", "demo", "rescore", *(("resume", "budget") if text else ())):
+        for what in ("edit", "rescore", *(("resume", "budget") if text else ("demo",))):
             if getattr(job, what):
                 raise ValueError(f"job {key_of(job)} asks for `{what}`, which a rollout{' in text' * text} cannot do")
         if job.resume and key_of(job) not in kept:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from agents import cli, warm
+from agents import cli, demonstrate, warm
 from agents.chat import ChatFormat
 from agents.cli import Count, Fraction, Natural, UsageError
 from agents.config import OptimConfig
@@ -126,10 +126,10 @@ def demonstrations(config: SftConfig, chat: ChatFormat) -> tuple[list[Ledger], i
         from agents.session import env_maker
 
         make_env = env_maker(config.env, cli.assignments(config.env_args, "--env-args"))
-        weights = warm.demonstrator_weights(make_env)
+        weights = demonstrate.demonstrator_weights(make_env)
         if not weights:
             raise UsageError(f"{config.env} has no demonstrators; give --data")
-        demos = warm.demonstrations(make_env, weights, range(config.episodes), config.seed, max_turns=64)
+        demos = demonstrate.demonstrations(make_env, weights, range(config.episodes), config.seed, max_turns=64)
         ledgers = [record(chat, demo) for demo in demos]
     elif Path(config.data or "").is_dir():
         ledgers = of_run(Path(config.data or ""), chat, config.only_correct)[: config.episodes]

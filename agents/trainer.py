@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agents import checkpoint, recording, warm
+from agents import checkpoint, demonstrate, recording, warm
 from agents.actor import facts_mean
 from agents.cli import UsageError, as_json
 from agents.config import TrainConfig
@@ -72,7 +72,7 @@ class Trainer:
     def warm_start(self) -> None:
         """Imitate the environment's demonstrators, if the configuration and the environment say so."""
         s, c = self.session, self.config
-        weights = warm.demonstrator_weights(s.make_env, c.warm.scripts) if c.warm.when != "never" else {}
+        weights = demonstrate.demonstrator_weights(s.make_env, c.warm.scripts) if c.warm.when != "never" else {}
         if not weights and c.warm.when == "always":
             raise UsageError(f"{c.env} has no demonstrators, so there is nothing to warm-start on (--warm.when never)")
         if not weights or (c.warm.when == "auto" and c.model != "bundled"):
@@ -80,7 +80,7 @@ class Trainer:
         self.display.phase("warm start", f"imitating up to {c.warm.episodes} scripted episodes")
         began = time.monotonic()
         tasks = warm.demo_tasks(c.warm, s.tasks, c.seed)
-        demos = warm.demonstrations(s.make_env, weights, tasks, c.seed, s.player.limits.max_turns)
+        demos = demonstrate.demonstrations(s.make_env, weights, tasks, c.seed, s.player.limits.max_turns)
         room = s.player.limits.max_context
         ledgers, dropped = warm.fitting([record(s.chat, demo) for demo in demos], room)
         if dropped:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from agents.cli import UsageError, assignments, nearest
 from agents.config import OptimConfig, WarmConfig
 from agents.dist import World
-from agents.engines.base import Key, Said, Voice
-from agents.engines.scripted import Scripted
 from agents.forward import Convention
-from agents.imitate import Conversation, digest, imitate
+from agents.imitate import digest, imitate
 from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.models import fingerprint
-from agents.rollout import Limits, MakeEnv, play_text
-from policy_opt.protocols import Job
 
 OnStep = Callable[[int, int, float], None]
 _RECIPE = 1
@@ -38,55 +32,6 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palaestra"
-
-
-class _Listening:
-    """A speaker that plays scripts and notes which tools each episode was offered."""
-
-    def __init__(self, weights: Mapping[str, float]):
-        self.scripts = Scripted(weights)
-        self.tools: dict[Key, Sequence[Mapping[str, Any]]] = {}
-
-    def begin(self, env: Any, seed: Key) -> Voice:
-        voice = self.scripts.begin(env, seed)
-
-        def listen(messages: Sequence[Mapping[str, Any]], obs: Mapping[str, Any], max_new_tokens: int) -> Said:
-            self.tools.setdefault(seed, obs.get("tools", ()))
-            return voice(messages, obs, max_new_tokens)
-
-        return listen
-
-
-def demonstrations(
-    make_env: MakeEnv, weights: Mapping[str, float], tasks: Sequence[int], seed: int, max_turns: int
-) -> list[Conversation]:
-    """One episode per training task by scripts drawn with these weights; those that failed are left out."""
-    speaker = _Listening(weights)
-    jobs = [Job(task, group=i, member=0) for i, task in enumerate(tasks)]
-    played = play_text(jobs, make_env, speaker, Limits(max_turns=max_turns), seed)
-    return [
-        Conversation(tuple(t.messages), tuple(speaker.tools.get((seed, t.group, t.member), ())))
-        for t in played if t.turns and not t.stop_reason.startswith("error:")
-    ]
-
-
-def demonstrator_weights(make_env: MakeEnv, chosen: Sequence[str] = ()) -> dict[str, float]:
-    """Shares of the scripts to imitate: those chosen (NAME=SHARE), or the environment's own; empty where it has none.
-
-    Raises UsageError for a script that the environment does not have, and for a share that is no number above zero.
-    """
-    env = make_env()
-    core: Any = getattr(env, "unwrapped", env)
-    env.close()
-    if not chosen:
-        return dict(getattr(core, "demonstrators", {}))
-    shares = assignments(chosen, "--warm.scripts")
-    for name, share in shares.items():
-        if name not in core.scripts:
-            raise UsageError(f"--warm.scripts: no script `{name}`{nearest(name, core.scripts)}")
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < float("inf"):
-            raise UsageError(f"--warm.scripts {name}={share}: a share is a number above zero")
-    return {name: float(share) for name, share in shares.items()}
 
 
 def demo_tasks(config: WarmConfig, pool: int, seed: int) -> list[int]:

@@ -36,7 +36,7 @@ def same(answer: str, truth: str) -> bool:
 
 
 def key(answer: str | None) -> str | None:
-    """A normal form: `same(a, b)` says of two short answers whether their keys are equal. None where one is blank or too long."""
+    """A normal form: two short answers are the `same` where their keys are equal; None for a blank or too long one."""
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return None
     value = number(answer)

@@ -23,6 +23,7 @@ _MODULES = (
     "controllers",
     "credits",
     "curriculum",
+    "curvature",
     "gates",
     "optimizers.kappa",
     "pairs",

@@ -16,6 +16,8 @@ from policy_opt.part import Part, walk
 from policy_opt.recipe import STAGES, Recipe
 from policy_opt.terms import Term
 
+UPDATED = ("mask_BT", "w_B", "w_BT", "group_weight_B")
+"""Columns that every part narrows or multiplies, so that overwriting one keeps what was there."""
 VERDICT = ("reward_B", "correct_B", "length_B", "truncated_B", "scores_BK")
 """Columns that every actor delivers."""
 
@@ -97,6 +99,9 @@ class _Flow:
             self.write(path, name)
         replaced = {self.find(path, name) if is_stem(name) else name for name in part.overwrites}
         for name in replaced:
+            before = self.writer.get(name)
+            if before in self.written and name not in self.read and name not in UPDATED:
+                raise self.fail(f"{before} writes `{name}`, but {path} replaces it before anything reads that")
             self.writer[name] = path
             self.read.discard(name)
         if part.writes or replaced:

@@ -166,19 +166,19 @@ class DifficultyWeight(Part):
 
 @dataclass(frozen=True)
 class SignalMask(Part):
-    """signal_BT: the policy's tokens in groups whose rewards differ, for a loss averaged over those only.
+    """contrast_BT: the policy's tokens in groups whose rewards differ, for a loss averaged over those only.
 
-    `terms.policy.den=signal` divides by their number: groups without contrast, whose advantages are 0, then no
+    `terms.policy.den=contrast` divides by their number: groups without contrast, whose advantages are 0, then no
     longer dilute the others, as if they had been filtered out (valid-token averaging, arXiv 2601.20614).
     """
 
     stage: ClassVar[str] = "credit"
 
     reads = frozenset({"reward_B", "group_B"})
-    writes = frozenset({"signal_BT"})
+    writes = frozenset({"contrast_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        return b.put(signal_BT=b.mask_BT & self.valid(b)[:, None])
+        return b.put(contrast_BT=b.mask_BT & self.valid(b)[:, None])
 
     def valid(self, b: Batch) -> Tensor:
         """Rows of groups whose rewards differ: [B]."""

@@ -62,14 +62,22 @@ def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def logp_gap(logp_BT: Tensor, b: Batch) -> float:
-    """max |logp - logp_sampler| on the mask: the alarm for a sampler that is not the policy."""
-    return float(masked((logp_BT - b.logp_sampler_BT).abs(), b).max())
+    """max |logp - logp_sampler| on the mask: the alarm for a sampler that is not the policy.
+
+    Tokens that an unfinished episode brought along from an older version of the policy are left out.
+    """
+    if not b.mask_BT.any():
+        return 0.0
+    newest_BT = b.version_BT == b.version_BT[b.mask_BT].max()
+    return float((masked((logp_BT - b.logp_sampler_BT).abs(), b) * newest_BT).max())
 
 
 def of_rollout(b: Batch) -> dict[str, float]:
-    """Numbers of everything that was played, rejected groups included."""
+    """Numbers of everything that was played, rejected groups included, unfinished episodes left out of the means."""
     found = {"rows": float(b.B), "tokens": float(b.mask_BT.sum())}
     once_B = b.once()
+    if "finished_B" in b and (ended_B := once_B & (b["finished_B"] != 0)).any():
+        once_B = ended_B
     for name in ("reward", "correct", "length", "truncated"):
         if f"{name}_B" in b:
             found[name] = float(floating(b[f"{name}_B"][once_B]).mean())

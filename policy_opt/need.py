@@ -148,5 +148,7 @@ LOGP_REF = Need("logp_ref_BT", LogProb(), model="ref")
 ENTROPY = Need("entropy_BT", Entropy(), when="loss")
 ENTROPY_OLD = Need("entropy_old_BT", Entropy())
 """Entropies under the policy that stood at the start of the iteration: a constant."""
+ENTROPY_NOW = Need("entropy_now_BT", Entropy(), when="step")
+"""Entropies under the weights that the optimizer step starts from: a constant."""
 VALUES = Need("values_BT", Value(), model="critic", when="loss")
 VALUES_OLD = Need("values_old_BT", Value(), model="critic")

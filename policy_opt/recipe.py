@@ -74,6 +74,8 @@ class Recipe:
     """Where it departs from the paper or the authors' code."""
     learns: str = "identity"
     """Smoke task that it must learn: identity | pairs | critic | none: reason."""
+    smoke: tuple[str, ...] = ()
+    """Settings for that task where the defaults are for the scale of a language model (thresholds on its step)."""
     reconstructed: bool = False
     """Formulas that could not be read were reconstructed."""
     vectors: Vectors | None = None

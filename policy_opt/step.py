@@ -104,7 +104,7 @@ def optimize(
     terms = [term for term in terms if term.on]
     asking = (*(part for _, part in timely), *(term.loss for term in terms))
     now = {need.name: need for part in asking for need in part.needs if need.when == "step"}
-    b = b.over(**score(learner, b, tuple(now.values()), ctx.recipe))
+    b = b.over(**standing(tuple(now.values()), b, known, ctx))
     for path, part in timely:
         b = run(path, part, b, ctx)
     needs = tuple({n.name: n for term in terms for n in term.needs if n.when == "loss"}.values())
@@ -132,13 +132,19 @@ def _pull_rows(loss: Loss, needs: Sequence[Need], known: Known, ctx: Ctx) -> Pul
     return pull
 
 
+def standing(needs: Sequence[Need], b: Batch, known: Known, ctx: Ctx) -> dict[str, Tensor]:
+    """Needs under the weights as they are: columns of the rollout while those have not moved, else scored."""
+    learner = ctx.learner
+    assert learner is not None
+    held = {q: name for q, name in known.columns.items() if name in b} if learner.version == known.version else {}
+    found = {need.name: b[held[need.quantity]] for need in needs if need.quantity in held}
+    return found | score(learner, b, [need for need in needs if need.name not in found], ctx.recipe)
+
+
 def _pull_whole(loss: Loss, needs: Sequence[Need], known: Known, ctx: Ctx) -> Pull:
     """Cotangents of the whole mini-batch: from columns while weights have not moved, else by a forward."""
     assert ctx.learner is not None
-    b, still = loss.batch, ctx.learner.version == known.version
-    streams = {n.name: b[known.columns[n.quantity]] for n in needs if still and n.quantity in known.columns}
-    streams |= score(ctx.learner, b, [need for need in needs if need.name not in streams], ctx.recipe)
-    whole = loss.cotangents(streams, b)[1]
+    whole = loss.cotangents(standing(needs, loss.batch, known, ctx), loss.batch)[1]
 
     def pull(rows_R: Tensor, live: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {name: value[rows_R] for name, value in whole.items()}

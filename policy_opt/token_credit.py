@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from policy_opt.advantages import GroupNorm, groups
 from policy_opt.batch import Batch, side_by_side
 from policy_opt.controllers import current
 from policy_opt.need import ENTROPY_OLD, Need
@@ -110,6 +111,41 @@ class KeepTop(Part):
 def _largest(value_N: Tensor, k: int) -> Tensor:
     """The k-th largest of some numbers; 0 where k is 0."""
     return value_N.kthvalue(value_N.numel() - k + 1).values if k else value_N.new_zeros(())
+
+
+@dataclass(frozen=True)
+class TokenGroupNorm(Part):
+    """A_i = (R_i - mu_g) / (sigma_g + eps) with statistics over the group's tokens: long rows count for more.
+
+    mu_g and sigma_g (population) are over all policy tokens of the group, each with its row's reward. A group
+    in which any row that has tokens reaches |A| >= limit gets GRPO's advantage instead (sample deviation).
+    """
+
+    stage: ClassVar[str] = "advantage"
+    eps: float = 1e-6
+    limit: float = 5.0
+    """inf: no such exception."""
+
+    reads = frozenset({"reward_B", "group_B"})
+    writes = frozenset({"adv_B"})
+
+    def __call__(self, b: Batch, ctx: Ctx) -> Batch:
+        plain_B = GroupNorm(self.eps)(b, ctx)["adv_B"]
+        index_B, count = b.index()
+        centred_B, length_B = groups(b).centred_B, b.mask_BT.sum(1).to(plain_B.dtype)
+
+        tokens_Q = length_B.new_zeros(count).index_add_(0, index_B, length_B).clamp(min=1)
+
+        def mean(value_B: Tensor) -> Tensor:
+            return (torch.zeros_like(tokens_Q).index_add_(0, index_B, value_B * length_B) / tokens_Q)[index_B]
+
+        centred_B = centred_B - mean(centred_B)
+        std_B = mean(centred_B.square()).sqrt()
+        # With eps = 0 an all-equal group would be 0 / 0.
+        adv_B = centred_B / torch.where(std_B + self.eps == 0, 1, std_B + self.eps)
+        wild_B = (adv_B.abs() >= self.limit) & (length_B > 0)
+        wild_Q = torch.zeros(count, dtype=torch.long, device=index_B.device).index_add_(0, index_B, wild_B.long())
+        return b.put(adv_B=torch.where(wild_Q[index_B] > 0, plain_B, adv_B))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def summed(recipe: Recipe, weights: Sequence[float]) -> Recipe:
 
 def diluted(t: Trace) -> Tensor:
     """Tokens of the batch per token of a valid question; 1 where there is none of these."""
-    valid = t["signal_BT"].double().sum()
+    valid = t["contrast_BT"].double().sum()
     return t["mask_BT"].sum() / valid if valid else torch.ones(())
 
 
@@ -58,7 +58,7 @@ recipe = Recipe(
     deviations="a group of one is not valid (its standard deviation is undefined)",
     advantage=(Balanced(eps=1e-4), DifficultyWeight(temperature=2.0)),
     credit=(SignalMask(),),
-    terms=(Term(Clip(clip_low=0.2, clip_high=0.2), den="signal", agg=TokenMean()),),
+    terms=(Term(Clip(clip_low=0.2, clip_high=0.2), den="contrast", agg=TokenMean()),),
     vectors=Vectors(
         params={
             "reward_weights": summed,

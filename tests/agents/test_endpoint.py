@@ -211,6 +211,7 @@ def trained(tmp_path_factory):
     from agents.actor import Player
     from agents.chat import ChatFormat
     from agents.config import WarmConfig
+    from agents.demonstrate import demonstrations
     from agents.dist import World
     from agents.engines.hf import HFEngine
     from agents.forward import Convention
@@ -220,7 +221,7 @@ def trained(tmp_path_factory):
     torch.set_num_threads(1)
     model, tokenizer = bundled.load()
     chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
-    demos = warm.demonstrations(lambda: Parity(level=2), {"oracle": 1.0}, range(200), seed=0, max_turns=4)
+    demos = demonstrations(lambda: Parity(level=2), {"oracle": 1.0}, range(200), seed=0, max_turns=4)
     ledgers = [record(chat, demo) for demo in demos]
     convention = Convention(1.0, tuple(chat.banned_ids))
     warm.warm_start(

@@ -11,6 +11,7 @@ import torch
 
 import policy_opt
 from agents.actor import LMActor, Player
+from agents.cli import UsageError
 from agents.config import OptimConfig, RolloutConfig, TrainConfig, WarmConfig
 from agents.display import Silent
 from agents.dist import World
@@ -19,9 +20,16 @@ from agents.session import Session, build, with_temperature
 from agents.trainer import Trainer
 from envs import Verdict
 from envs.tool_qa import ToolQA
+from policy_opt.aggregate import TokenMean
 from policy_opt.errors import RecipeError
 from policy_opt.loop import Loop, RunSize
+from policy_opt.protocols import Job
 from policy_opt.registry import shipped
+from policy_opt.schedule import Schedule, Step
+from policy_opt.sources import Demos
+from policy_opt.surrogates import Imitate
+from policy_opt.terms import Term
+from tests.agents.small import Chatter
 
 FORMS = [(slug, None) for slug in shipped()]
 FORMS += [(slug, variant) for slug in shipped() for variant in policy_opt.get(slug).variants]
@@ -65,6 +73,27 @@ def session_of(ground: tuple[Session, dict[str, torch.Tensor]], recipe: policy_o
     size = RunSize(base.tasks, base.config.groups, base.config.group_size, base.config.seed)
     loop = Loop(recipe, actor, learner, size)
     return replace(base, recipe=recipe, player=player, actor=actor, learner=learner, loop=loop)
+
+
+def test_demonstrations_are_a_source(ground: Any) -> None:
+    """A step of imitation beside the policy's own: rows in the order of the jobs, demonstrators' tokens as actions."""
+    imitation = (Term(Imitate(), agg=TokenMean()),)
+    recipe = policy_opt.get("grpo").replace(schedule=Schedule((Step(), Step(source=Demos(tasks=3), terms=imitation))))
+    session = session_of(ground, recipe)
+    jobs = [Job(i, -1 - i, 0, demo=i % 2 == 0) for i in range(4)]
+    b = session.actor.play(jobs)
+    assert b["group_B"].tolist() == [-1, -2, -3, -4] and b.mask_BT.any(1).all()
+    for row in (0, 2):
+        said = [turn.text for turn in session.actor.played[row].turns]
+        assert "".join(said) == session.chat.decode(
+            [i for i in b.tokens_BT[row][b.mask_BT[row]].tolist() if i not in session.chat.stop_ids]
+        )
+    trainer = Trainer(session, None, Silent())
+    trainer.iterate()
+    assert trainer.history[0]["optimizer_steps"] == 2 and math.isfinite(trainer.history[0]["loss"])
+    session.player.make_env = lambda: Chatter()
+    with pytest.raises(UsageError, match="no demonstrators"):
+        session.actor.play(jobs)
 
 
 def form(slug: str, variant: str | None) -> policy_opt.Recipe:

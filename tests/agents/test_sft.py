@@ -12,6 +12,7 @@ from agents import sft
 from agents.chat import ChatFormat
 from agents.cli import UsageError
 from agents.config import OptimConfig
+from agents.demonstrate import demonstrations
 from agents.display import Silent
 from agents.imitate import Conversation, batch_of, imitate, likelihood, record, schedule
 from agents.learner import LMLearner
@@ -20,7 +21,7 @@ from agents.session import env_maker
 from agents.sft import SftConfig
 from agents.store import TrajectoryWriter
 from agents.trajectory import Trajectory
-from agents.warm import cache_key, demonstrations, fitting
+from agents.warm import cache_key, fitting
 from tests.agents.letters import SPEC, save_model
 from tests.agents.tokenizers import QWEN3, byte_bpe, lossy
 

@@ -11,13 +11,13 @@ import torch
 from agents import train
 from agents.cli import UsageError
 from agents.config import EvalConfig, OptimConfig, RolloutConfig, SaveConfig, TrainConfig, WarmConfig
+from agents.demonstrate import demonstrator_weights
 from agents.display import Silent
 from agents.dist import World
 from agents.models import load_model
 from agents.runfolder import RunFolder
 from agents.session import build
 from agents.trainer import Trainer, save_config
-from agents.warm import demonstrator_weights
 from tests.agents.letters import SHAPED, SPEC, save_model
 
 

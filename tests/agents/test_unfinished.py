@@ -226,6 +226,7 @@ def test_resume_of_a_run_with_unfinished_episodes_is_exact(model_folder, tmp_pat
     again: Trainer = resume(config, tmp_path / "halved")
     again.run()
     assert_same_run(tmp_path / "whole", tmp_path / "halved")
+    assert max(m["logp_gap"] for m in again.history) <= 1e-4, "of the tokens that the present policy sampled"
     assert any(m.get("unfinished", 0) > 0 for m in again.history) and checkpoint.steps(
         tmp_path / "whole" / "checkpoints"
     ) == [0, 1, 2, 3, 4]

@@ -44,7 +44,10 @@ def test_comparison_never_raises_and_is_reflexive(answer, truth):
     assert same(truth, truth)
 
 
-@given(st.lists(st.sampled_from("0123,.-+ aA\"'/"), max_size=6).map("".join), st.sampled_from(["1.5", "-0", "a a", "1,000"]))
+SHORT = st.lists(st.sampled_from("0123,.-+ aA\"'/"), max_size=6).map("".join)
+
+
+@given(SHORT, st.sampled_from(["1.5", "-0", "a a", "1,000"]))
 def test_keys_are_equal_where_answers_are(answer, truth):
     assert (key(answer) == key(truth)) == same(answer, truth)
     assert key(" ") is None and key("x" * 65) is None and key("007.50") == "7.5"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from policy_opt import Batch, Job, Loop, ModelSpec, Need, Optim, Recipe, RunSize
-from policy_opt.need import Mismatched
+from policy_opt.need import SHAPE, Mismatched, TopKIds, TopKLogProb
 from policy_opt.protocols import Pull
 from policy_opt.sampling import RULES
 from policy_opt.schedule import Schedule, Step
@@ -60,16 +60,20 @@ class FixedLearner:
     def number(self, need: Need, b: Batch) -> Tensor:
         name = STREAM_OF.get(need.name) or COLUMN_OF.get(need.name, need.name)
         if name in self.given:
-            value = torch.as_tensor(self.given[name], dtype=self.dtype)
+            value = torch.as_tensor(self.given[name])
+            value = value.to(self.dtype) if value.is_floating_point() else value
             value = value.expand(b.B, b.T) if value.ndim == 0 else value
         else:
             generator = torch.Generator().manual_seed(len(need.name))
-            value = torch.rand(b.B, b.T, generator=generator, dtype=self.dtype) - 1.5
+            tail = () if SHAPE[type(need.what)] == "BT" else (min(getattr(need.what, "k", 3), 5),)
+            value = torch.rand(b.B, b.T, *tail, generator=generator, dtype=self.dtype) - 1.5
+            value = value.argsort(-1) if isinstance(need.what, TopKIds) else value
+            value = value.sort(descending=True).values if isinstance(need.what, TopKLogProb) else value
         place_BT = {"actions": b.mask_BT, "prompt": b.opening_BT, "all": b.real_BT}[need.where]
         if isinstance(need.view, Mismatched) and name in self.given:
             # Its entries stand where the other row has its tokens; the numbers given are 0 elsewhere.
             return value
-        return torch.where(place_BT, value, 0)
+        return torch.where(place_BT.reshape(b.B, b.T, *[1] * (value.ndim - 2)), value, 0)
 
     def score(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         self.scored.append(tuple(need.name for need in needs))

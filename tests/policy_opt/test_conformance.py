@@ -116,7 +116,7 @@ def test_the_loop_pulls_the_golden_cotangents(method):
         )
         kept = now.curriculum.screen(b, policy_opt.Ctx())
         given = {k: torch.tensor(v, dtype=torch.float64) for k, v in trace.inputs.items() if nested(v)}
-        given |= {k: v for k, v in trace.start().cols.items() if k.endswith("_BT")}
+        given |= {k: v for k, v in trace.start().cols.items() if "_BT" in k}
         given = {k: v[kept] for k, v in given.items() if v.shape[0] == b.B}
         for micro_rows in (1, 100):
             # Running the case has moved its state.
@@ -155,7 +155,7 @@ def as_played(trace: Trace, scored: set[str]) -> policy_opt.Batch:
     if "adv_BT" in given:
         given["given_BT"] = given.pop("adv_BT")
     units = {k: v for k, v in b.units.items() if k != "group_B"}
-    units |= {"version_BT": b.version_BT, "real_BT": b.real_BT}
+    units |= {"version_BT": b.version_BT, "real_BT": b.real_BT, "tokens_BT": b.tokens_BT}
     pairs = {} if b.pairs_P2 is None else {"pairs_P2": b.pairs_P2}
     zeros = [0.0] * b.B
     return fixed.batch(zeros, b["group_B"].tolist(), b.mask_BT.int().tolist(), **units, **given, **pairs)

@@ -192,7 +192,7 @@ def test_any_recipe_takes_importance_weights(slug):
     """Per token where the loss has tokens, per row where it is per row; a loss over pairs or groups has neither."""
     recipe = policy_opt.get(slug)
     if any(term.on and term.loss.gives == "" for term in recipe.terms):
-        with pytest.raises(RecipeError, match="has one loss per batch, so credit.* cannot weight its"):
+        with pytest.raises(RecipeError, match=r"has one loss per batch, so credit.* cannot weight its"):
             recipe.set("credit+=tis(level='sequence')").check()
         return
     rows = any(term.on and term.loss.gives == "B" for term in recipe.terms)
