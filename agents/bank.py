@@ -51,7 +51,8 @@ class Member:
     def step(self, world: World, lr_scale: float) -> float:
         """Sum gradients over processes, clip, step, clear; the gradient's norm before clipping.
 
-        A gradient that is not finite changes nothing.
+        A gradient that is not finite changes nothing, and neither does one that is zero everywhere: a step that
+        nothing asked for must not coast on the last one's momentum.
         """
         parameters = self.parameters()
         for p in parameters:
@@ -60,7 +61,7 @@ class Member:
         grads = [p.grad for p in parameters if p.grad is not None]
         world.sum_(grads)
         norm = float(torch.nn.utils.get_total_norm(grads))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0:
             if 0 < self.config.clip < norm:
                 torch._foreach_mul_(grads, self.config.clip / norm)
             assert self.optimizer is not None

@@ -211,6 +211,17 @@ def test_the_critic_learns_with_its_own_optimizer_and_the_reference_stays():
     assert all(torch.equal(v, before[k]) for k, v in one.bank.members["ref"].model.state_dict().items())
 
 
+def test_a_gradient_that_is_zero_everywhere_moves_nothing():
+    """Nor does momentum: AdamW after a real step would go on in its direction."""
+    one, b = learner(), batch()
+    one.backward(b, [LOGP], lambda rows, live: {"logp_BT": b.mask_BT[rows].double()})
+    assert one.step()["grad_norm"] > 0
+    before = {k: v.clone() for k, v in one.model.state_dict().items()}
+    one.backward(b, [LOGP], lambda rows, live: {"logp_BT": torch.zeros_like(live["logp_BT"])})
+    assert one.step()["grad_norm"] == 0
+    assert all(torch.equal(v, before[k]) for k, v in one.model.state_dict().items())
+
+
 def test_a_model_of_the_bank_follows_the_policy():
     one, b = learner(bank={"ema": ModelSpec("copy", ema=0.75)}), batch()
     start = one.model.lm_head.weight.detach().clone()
