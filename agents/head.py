@@ -11,7 +11,7 @@ Notation: N positions that are asked for, H hidden width, V vocabulary, C rows o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 1 << 20
-"""Logits held at once (4 MiB in float32); a chunk is as many rows as fit, at least one."""
+"""Logits held at once (4 MiB in float32); a chunk is as many rows as fit."""
+CHUNK_ROWS = 128
+"""But at least so many: with fewer, reading the weights costs more than multiplying with them."""
 
 
 @dataclass(frozen=True)
@@ -61,33 +63,82 @@ class Head:
 
     def rows(self) -> int:
         """Rows of one chunk."""
-        return max(1, CHUNK_LOGITS // self.weight_VH.shape[0])
+        return max(CHUNK_ROWS, CHUNK_LOGITS // self.weight_VH.shape[0])
 
-    def raw_CV(self, hidden_CH: Tensor) -> Tensor:
-        """Scaled logits before the ban, at least float32."""
-        z_CV = nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V)
-        z_CV = z_CV if z_CV.dtype == torch.float64 else z_CV.float()
+    def split(self, n: int) -> Iterator[slice]:
+        """The chunks of n rows."""
+        for start in range(0, n, self.rows()):
+            yield slice(start, min(n, start + self.rows()))
+
+    def scaled_CV(self, hidden_CH: Tensor, out: Tensor) -> Tensor:
+        """Scaled logits, into a buffer of at least float32; banned ids hold the lowest number."""
+        z_CV = out
+        if self.bias_V is None and hidden_CH.dtype == out.dtype:
+            torch.mm(hidden_CH, self.weight_VH.T, out=out)
+        else:
+            z_CV.copy_(nn.functional.linear(hidden_CH, self.weight_VH, self.bias_V))
         if self.softcap:
-            z_CV = torch.tanh(z_CV / self.softcap) * self.softcap
-        return z_CV / self.temperature if self.temperature != 1.0 else z_CV
+            z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            z_CV /= self.temperature
+        if self.banned_K is not None:
+            z_CV.index_fill_(1, self.banned_K, lowest(z_CV.dtype))
+        return z_CV
+
+    def finite_CV(self, hidden_CH: Tensor) -> Tensor:
+        """Log-probabilities of a chunk, a tensor of its own; banned ids hold a finite number."""
+        dtype = torch.float64 if hidden_CH.dtype == torch.float64 else torch.float32
+        z_CV = self.scaled_CV(hidden_CH, hidden_CH.new_empty(len(hidden_CH), self.weight_VH.shape[0], dtype=dtype))
+        return z_CV.sub_(z_CV.logsumexp(1, keepdim=True))
 
     def logp_CV(self, hidden_CH: Tensor) -> Tensor:
         """Log-probabilities of a chunk; banned ids hold -inf."""
-        z_CV = self.raw_CV(hidden_CH)
-        if self.banned_K is not None:
-            z_CV = z_CV.index_fill(1, self.banned_K, float("-inf"))
-        return z_CV.log_softmax(1)
+        with torch.no_grad():
+            found_CV = self.finite_CV(hidden_CH)
+        return found_CV if self.banned_K is None else found_CV.index_fill_(1, self.banned_K, float("-inf"))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The distributions of some rows, for as long as the functionals look at them: C rows, two buffers."""
+
+    head: Head
+    logp_CV: Tensor
+    """Log-probabilities; banned ids hold LOWEST of the dtype, so that p log p is 0 there and not NaN."""
+    p_CV: Tensor
+    """Probabilities."""
+    rows: slice
+    """The chunk's positions among all N."""
+
+    def expect_C(self, x_CV: Tensor) -> Tensor:
+        """Mean of x under p, without a product that is as large as the chunk."""
+        return torch.bmm(self.p_CV[:, None, :], x_CV[:, :, None]).reshape(-1)
+
+
+@dataclass
+class Pull:
+    """Gradient of a sum of values with respect to the scaled logits:  p (constant + slope log p + extra) + onehots.
+
+    Functionals whose gradient has this form are added up as a few numbers per row, and applied to the chunk at once.
+    """
+
+    constant_C: Tensor
+    slope_C: Tensor | None = None
+    extra_CV: Tensor | None = None
+    """What is not a straight line in log p."""
+    onehots: tuple[Tensor, Tensor] | None = None
+    """(ids [C], amounts [C]) that are added at these tokens."""
 
 
 class Functional(Protocol):
-    """A number per position, computed from the chunk's log-probabilities."""
+    """A number per position, computed from the chunk's distributions."""
 
-    def value_C(self, logp_CV: Tensor, rows: slice) -> Tensor:
-        """`[C]`; `rows` are the chunk's positions among all N."""
+    def value_C(self, c: Chunk) -> Tensor:
+        """`[C]`."""
         ...
 
-    def pull_CV(self, logp_CV: Tensor, p_CV: Tensor, value_C: Tensor, g_C: Tensor, rows: slice) -> Tensor:
-        """Gradient of `sum(g_C * value_C)` with respect to the scaled logits, `[C, V]`."""
+    def pull(self, c: Chunk, value_C: Tensor, g_C: Tensor) -> Pull:
+        """Gradient of `sum(g_C * value_C)`."""
         ...
 
 
@@ -97,13 +148,13 @@ class TargetLogProb:
 
     target_N: Tensor
 
-    def value_C(self, logp_CV, rows):
-        return logp_CV.gather(1, self.target_N[rows, None]).squeeze(1)
+    def value_C(self, c):
+        found_C = c.logp_CV.gather(1, self.target_N[c.rows, None]).squeeze(1)
+        return found_C.masked_fill(found_C < lowest(found_C.dtype) / 2, float("-inf"))
 
-    def pull_CV(self, logp_CV, p_CV, value_C, g_C, rows):
+    def pull(self, c, value_C, g_C):
         # d log p_t / d z = onehot_t − p
-        d_CV = -p_CV * g_C[:, None]
-        return d_CV.scatter_add_(1, self.target_N[rows, None], g_C[:, None])
+        return Pull(-g_C, onehots=(self.target_N[c.rows], g_C))
 
 
 @dataclass(frozen=True)
@@ -113,19 +164,16 @@ class FullEntropy:
     floor: float = 0.0
     """0: the entropy itself."""
 
-    def _log_CV(self, logp_CV: Tensor) -> Tensor:
-        return logp_CV.clamp(min=math.log(self.floor)) if self.floor else logp_CV
+    def value_C(self, c):
+        return -c.expect_C(c.logp_CV.clamp(min=math.log(self.floor)) if self.floor else c.logp_CV)
 
-    def value_C(self, logp_CV, rows):
-        return -_expect_C(logp_CV.exp(), self._log_CV(logp_CV))
-
-    def pull_CV(self, logp_CV, p_CV, value_C, g_C, rows):
+    def pull(self, c, value_C, g_C):
         # d H / d z_j = −p_j (log max(p_j, floor) + a_j + H − Σ_k p_k a_k), a = 1 above the floor, else 0
-        log_CV = _finite(self._log_CV(logp_CV))
-        if self.floor:
-            above_CV = (p_CV > self.floor).to(p_CV)
-            log_CV = log_CV + above_CV - (p_CV * above_CV).sum(1, keepdim=True)
-        return p_CV * (log_CV + value_C[:, None]).mul_(-g_C[:, None])
+        if not self.floor:
+            return Pull(-g_C * value_C, slope_C=-g_C)
+        above_CV = (c.p_CV > self.floor).to(c.p_CV)
+        log_CV = c.logp_CV.clamp(min=math.log(self.floor)).add_(above_CV)
+        return Pull(-g_C * (value_C - c.expect_C(above_CV)), extra_CV=log_CV.mul_(-g_C[:, None]))
 
 
 @dataclass(frozen=True)
@@ -137,58 +185,63 @@ class ExactKL:
     head: Head
 
     def _logq_CV(self, rows: slice) -> Tensor:
+        """Finite: what this head bans has no probability under p either."""
         with torch.no_grad():
-            return self.head.logp_CV(self.hidden_NH[rows])
+            return self.head.to(self.hidden_NH.dtype).finite_CV(self.hidden_NH[rows])
 
-    def value_C(self, logp_CV, rows):
-        return _expect_C(logp_CV.exp(), logp_CV - self._logq_CV(rows))
+    def value_C(self, c):
+        return c.expect_C(self._logq_CV(c.rows).neg_().add_(c.logp_CV))
 
-    def pull_CV(self, logp_CV, p_CV, value_C, g_C, rows):
+    def pull(self, c, value_C, g_C):
         # d KL / d z_j = p_j (log p_j − log q_j − KL)
-        return p_CV * (_finite(logp_CV - self._logq_CV(rows)) - value_C[:, None]).mul_(g_C[:, None])
+        return Pull(-g_C * value_C, slope_C=g_C, extra_CV=self._logq_CV(c.rows).mul_(-g_C[:, None]))
 
 
-def _finite(x_CV: Tensor) -> Tensor:
-    """Banned ids hold -inf (or inf − inf); they carry no probability, so any finite number will do."""
-    return torch.nan_to_num(x_CV, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _expect_C(p_CV: Tensor, x_CV: Tensor) -> Tensor:
-    return (p_CV * _finite(x_CV)).sum(1)
+def lowest(dtype: torch.dtype) -> float:
+    """Stands for log 0: exp of it is 0, and sums and products with probabilities stay finite."""
+    return torch.finfo(dtype).min / 8
 
 
 class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, bias_V, head: Head, functionals: tuple[Functional, ...]):
         n = hidden_NH.shape[0]
-        kept = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-        values_FN = hidden_NH.new_zeros((len(functionals), n), dtype=kept)
-        for start in range(0, n, head.rows()):
-            rows = slice(start, min(n, start + head.rows()))
-            logp_CV = head.logp_CV(hidden_NH[rows])
+        room = _Room(head, hidden_NH)
+        values_FN = hidden_NH.new_zeros((len(functionals), n), dtype=room.dtype)
+        total_N = hidden_NH.new_zeros(n, dtype=room.dtype)
+        for rows in head.split(n):
+            c, total_N[rows] = room.fill(hidden_NH[rows], rows)
             for i, f in enumerate(functionals):
-                values_FN[i, rows] = f.value_C(logp_CV, rows)
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, values_FN)
+                values_FN[i, rows] = f.value_C(c)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, values_FN, total_N)
         ctx.head, ctx.functionals = head, functionals
         return values_FN
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_FN):
-        hidden_NH, weight_VH, bias_V, values_FN = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, values_FN, total_N = ctx.saved_tensors
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         head: Head = ctx.head
+        room = _Room(head, hidden_NH)
         d_hidden_NH = torch.zeros_like(hidden_NH) if need_h else None
-        d_weight_VH = torch.zeros_like(weight_VH, dtype=values_FN.dtype) if need_w else None
-        d_bias_V = torch.zeros_like(bias_V, dtype=values_FN.dtype) if need_b else None
-        for start in range(0, hidden_NH.shape[0], head.rows()):
-            rows = slice(start, min(hidden_NH.shape[0], start + head.rows()))
-            d_CV = _pull_chunk(ctx.functionals, head, hidden_NH[rows], values_FN[:, rows], g_FN[:, rows], rows)
-            d_low_CV = d_CV.to(hidden_NH.dtype)
+        d_weight_VH = torch.zeros_like(weight_VH, dtype=room.dtype) if need_w else None
+        d_bias_V = torch.zeros_like(bias_V, dtype=room.dtype) if need_b else None
+        for rows in head.split(hidden_NH.shape[0]):
+            g_FC = g_FN[:, rows]
+            live = [i for i in range(len(g_FN)) if g_FC[i].any()]  # a stream that is only looked at costs nothing
+            if not live:
+                continue
+            c, _ = room.fill(hidden_NH[rows], rows, total_N[rows])
+            pulls = [ctx.functionals[i].pull(c, values_FN[i, rows], g_FC[i]) for i in live]
+            d_CV = _to_linear(c, total_N[rows], pulls)
+            low_CV = d_CV.to(hidden_NH.dtype)
             if d_hidden_NH is not None:
-                d_hidden_NH[rows] = d_low_CV @ weight_VH
-            if d_weight_VH is not None:
-                d_weight_VH += (d_low_CV.T @ hidden_NH[rows]).to(d_weight_VH.dtype)
+                torch.mm(low_CV, weight_VH, out=d_hidden_NH[rows])
+            if d_weight_VH is not None and low_CV.dtype == d_weight_VH.dtype:
+                d_weight_VH.addmm_(low_CV.T, hidden_NH[rows])
+            elif d_weight_VH is not None:
+                d_weight_VH += low_CV.T @ hidden_NH[rows]
             if d_bias_V is not None:
                 d_bias_V += d_CV.sum(0)
         d_weight_VH = d_weight_VH.to(weight_VH.dtype) if d_weight_VH is not None else None
@@ -196,28 +249,64 @@ class _Evaluate(torch.autograd.Function):
         return d_hidden_NH, d_weight_VH, d_bias_V, None, None
 
 
-def _pull_chunk(functionals, head: Head, hidden_CH, values_FC, g_FC, rows: slice) -> Tensor:
-    """Gradient with respect to the head's raw linear output of one chunk, `[C, V]`."""
-    logp_CV = head.logp_CV(hidden_CH)
-    p_CV = logp_CV.exp()
-    d_CV: Tensor | None = None
-    for f, value_C, g_C in zip(functionals, values_FC, g_FC, strict=True):
-        if g_C.any():  # a stream that is only looked at costs no gradient
-            part_CV = f.pull_CV(logp_CV, p_CV, value_C, g_C, rows)
-            d_CV = part_CV if d_CV is None else d_CV.add_(part_CV)
-    if d_CV is None:
-        return torch.zeros_like(logp_CV)
+class _Room:
+    """Two buffers of a chunk's size, used again for every chunk: fresh ones would cost a page fault per 4 KiB."""
+
+    def __init__(self, head: Head, hidden_NH: Tensor):
+        self.head = head
+        self.dtype = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+        shape = min(head.rows(), max(1, hidden_NH.shape[0])), head.weight_VH.shape[0]
+        self.logp_CV = hidden_NH.new_empty(shape, dtype=self.dtype)
+        self.p_CV = torch.empty_like(self.logp_CV)
+
+    def fill(self, hidden_CH: Tensor, rows: slice, total_C: Tensor | None = None) -> tuple[Chunk, Tensor]:
+        """The distributions of a chunk, and log Σ exp of its logits, which may be given."""
+        logp_CV, p_CV = self.logp_CV[: len(hidden_CH)], self.p_CV[: len(hidden_CH)]
+        self.head.scaled_CV(hidden_CH, out=logp_CV)
+        if total_C is None:
+            most_C = logp_CV.amax(1)
+            torch.sub(logp_CV, most_C[:, None], out=p_CV).exp_()
+            sum_C = p_CV.sum(1)
+            p_CV /= sum_C[:, None]
+            total_C = most_C + sum_C.log()
+            logp_CV -= total_C[:, None]
+        else:
+            logp_CV -= total_C[:, None]
+            torch.exp(logp_CV, out=p_CV)
+        return Chunk(self.head, logp_CV, p_CV, rows), total_C
+
+
+def _to_linear(c: Chunk, total_C: Tensor, pulls: Sequence[Pull]) -> Tensor:
+    """Gradient with respect to the head's raw linear output, `[C, V]`; it takes the place of the log-probabilities."""
+    head, d_CV = c.head, c.logp_CV
+    bend_CV = None
+    if head.softcap:
+        share_CV = (c.logp_CV + total_C[:, None]).mul_(head.temperature / head.softcap)
+        bend_CV = 1 - share_CV.square_()
+    slopes = [p.slope_C for p in pulls if p.slope_C is not None]
+    constant_C1 = torch.stack([p.constant_C for p in pulls]).sum(0)[:, None]
+    if slopes:
+        torch.addcmul(constant_C1, d_CV, torch.stack(slopes).sum(0)[:, None], out=d_CV)
+    else:
+        d_CV.copy_(constant_C1.expand_as(d_CV))
+    for p in pulls:
+        if p.extra_CV is not None:
+            d_CV += p.extra_CV
+    d_CV *= c.p_CV
+    for p in pulls:
+        if p.onehots is not None:
+            d_CV.scatter_add_(1, p.onehots[0][:, None], p.onehots[1][:, None])
+    if bend_CV is not None:
+        d_CV *= bend_CV
     if head.banned_K is not None:
         d_CV.index_fill_(1, head.banned_K, 0.0)
-    if head.softcap:
-        d_CV *= 1 - (head.raw_CV(hidden_CH) * head.temperature / head.softcap) ** 2
-    return d_CV / head.temperature if head.temperature != 1.0 else d_CV
+    return d_CV.div_(head.temperature) if head.temperature != 1.0 else d_CV
 
 
 def evaluate(head: Head, hidden_NH: Tensor, functionals: Sequence[Functional]) -> Tensor:
     """`[F, N]`: each functional at each position, differentiable in the hidden states and the head's weights.
 
-    At most `CHUNK_LOGITS` logits (times a small constant) live at once. Second derivatives are not defined.
+    One chunk's logits (times a small constant) live at once. Second derivatives are not defined.
     """
     if not functionals:
         raise ValueError("no functional was asked for")

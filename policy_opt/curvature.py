@@ -133,11 +133,16 @@ class Curvature(Part):
 
     def tokens(self, b: Batch) -> Tokens:
         """The batch's policy tokens."""
-        here_BT = b.mask_BT
-        ids_NV, hidden_ND = b["top_ids_now_BTK"][here_BT], b["hidden_now_BTD"][here_BT]
-        pi_NV = b["top_logp_now_BTK"][here_BT].to(hidden_ND.dtype).softmax(-1)
-        v_NV = (ids_NV == b.tokens_BT[here_BT][:, None]).to(pi_NV.dtype) - pi_NV
-        return Tokens(b.per_token("adv")[here_BT].to(pi_NV.dtype), pi_NV, ids_NV, hidden_ND, v_NV)
+        here_N = b.mask_BT.flatten().nonzero().squeeze(1)
+
+        def picked(value: Tensor) -> Tensor:
+            return value.flatten(0, 1).index_select(0, here_N)
+
+        ids_NV, hidden_ND, adv_N = (picked(x) for x in (b["top_ids_now_BTK"], b["hidden_now_BTD"], b.per_token("adv")))
+        logp_NV = picked(b["top_logp_now_BTK"]).to(hidden_ND.dtype)
+        pi_NV = (logp_NV - logp_NV.logsumexp(1, keepdim=True)).exp()
+        v_NV = (ids_NV == picked(b.tokens_BT)[:, None]).to(pi_NV.dtype) - pi_NV
+        return Tokens(adv_N.to(pi_NV.dtype), pi_NV, ids_NV, hidden_ND, v_NV)
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         lr = ctx.lr if self.lr is None else self.lr

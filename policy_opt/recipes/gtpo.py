@@ -55,16 +55,25 @@ def shared_run(
         return torch.zeros_like(sign_B)
     # Tokens by place, ids doubled so that the last bit can hold the sign; -2 where there is none.
     T = tokens_BT.shape[1]
-    key_BT = torch.where(mask_BT, 2 * tokens_BT + (sign_B > 0)[:, None], -2)
+    key_BT = 2 * tokens_BT + (sign_B > 0)[:, None]
     placed_BT = torch.full((len(sign_B), T + 1), -2, device=tokens_BT.device)
-    placed_BT.scatter_(1, torch.where(mask_BT, place_BT, T), key_BT)
-    key_QTG = torch.where(there_QG[..., None], placed_BT[rows_QG][..., :T], -2).transpose(1, 2).contiguous()
-    # Shared: the same id with the other sign is at this place of the group.
+    placed_BT.scatter_(1, place_BT.masked_fill(~mask_BT, T), key_BT)
+    # Most runs are short: look at a few places first.
+    width = min(T, 16)
+    while True:
+        run_QG = opening_run(torch.where(there_QG[..., None], placed_BT[:, :width][rows_QG], -2))
+        if width == T or not (run_QG == width).any():
+            return torch.zeros_like(sign_B).index_copy_(0, rows_QG[there_QG], run_QG[there_QG])
+        width = min(T, 4 * width)
+
+
+def opening_run(key_QGT: Tensor) -> Tensor:
+    """How many keys from place 0 on have, at the same place of the group, the key that differs in the last bit."""
+    key_QTG = key_QGT.transpose(1, 2).contiguous()
     ranked_QTG, other_QTG = key_QTG.sort(dim=-1).values, key_QTG ^ 1
     at_QTG = torch.searchsorted(ranked_QTG, other_QTG).clamp(max=key_QTG.shape[-1] - 1)
     shared_QTG = (ranked_QTG.gather(-1, at_QTG) == other_QTG) & (key_QTG >= 0)
-    run_QG = shared_QTG.long().cumprod(1).sum(1)
-    return torch.zeros_like(sign_B).index_copy_(0, rows_QG[there_QG], run_QG[there_QG])
+    return shared_QTG.long().cumprod(1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,8 @@ class Conflicts(Part):
         )
         forward_BT = b.mask_BT & (start_BT < forward_B[:, None])
         backward_BT = b.mask_BT & (end_BT < backward_B[:, None])
-        factor_B = torch.where(sign_B > 0, self.weight, 0.0).to(b["adv_B"].dtype)[:, None]
-        lambda_BT = torch.where(forward_BT, factor_B, 1) * torch.where(backward_BT, factor_B, 1)
+        excess_B1 = torch.where(sign_B > 0, self.weight - 1, -1.0).to(b["adv_B"].dtype)[:, None]
+        lambda_BT = (1 + forward_BT * excess_B1) * (1 + backward_BT * excess_B1)
         conflicts_B = torch.maximum(forward_B, backward_B)
         weight_BT = lambda_BT / conflicts_B.clamp(min=1)[:, None] if self.divide else lambda_BT
         found = weigh(b, weight_BT)

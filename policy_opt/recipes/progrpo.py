@@ -9,7 +9,7 @@ dominant path does not crowd out the others.
     L    = sum_{i,t} max(-A~ rho, -A~ clip(rho, 1 - eps_low, 1 + eps_high)) / sum_i |o_i|
 
 Confidences are constants, under the policy that played. c(prompt) is the same for the whole group and shifts
-it as one. f = 1 makes c the inverse perplexity. gate="mixed_only" leaves a group alone also where all of its
+it as one. f = 1 makes c the inverse perplexity. eligible="mixed_only" leaves a group alone also where all of its
 rewards are positive; correct_only shifts only answers that earned something. alpha is not from the paper.
 """
 
@@ -35,7 +35,7 @@ LOGP_PROMPT = Need("logp_prompt_BT", LogProb(), where="prompt")
 
 @dataclass(frozen=True)
 class ConfidenceShift(Part):
-    """A <- A + alpha (c(prompt) - c(answer)) in groups that pass the gate.
+    """A <- A + alpha (c(prompt) - c(answer)) in eligible groups.
 
     The prompt is every token before the first of the policy's, but the row's first, which nothing predicts. A
     further segment of a trajectory has confidences of its own.
@@ -46,7 +46,7 @@ class ConfidenceShift(Part):
     """Strength in [0, 1]; |shift| < alpha."""
     low_prob_fraction: float = 0.2
     """f: share of the tokens that confidence looks at, the least likely ones; 1 = inverse perplexity."""
-    gate: Literal["any_correct", "mixed_only"] = "any_correct"
+    eligible: Literal["any_correct", "mixed_only"] = "any_correct"
     """any_correct: groups whose rewards do not sum to 0; mixed_only: and not all of them positive."""
     correct_only: bool = False
     """Shift only rows with a positive reward."""
@@ -66,7 +66,7 @@ class ConfidenceShift(Part):
         answer_B = confidence(b["logp_old_BT"], b.mask_BT, self.low_prob_fraction)
         g = groups(b)
         open_B = (g.sums(g.reward_B) != 0)[g.index_B]
-        if self.gate == "mixed_only":
+        if self.eligible == "mixed_only":
             open_B = open_B & (g.sums((g.reward_B > 0).to(g.reward_B.dtype)) < g.size_Q)[g.index_B]
         if self.correct_only:
             open_B = open_B & (g.reward_B > 0)
@@ -107,7 +107,7 @@ recipe = Recipe(
         params={
             "alpha": "advantage.alpha",
             "low_prob_fraction": "advantage.low_prob_fraction",
-            "gate": "advantage.gate",
+            "gate": "advantage.eligible",
             "clip_low": "terms.clip_low",
             "clip_high": "terms.clip_high",
         },

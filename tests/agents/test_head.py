@@ -20,6 +20,7 @@ def draw(*shape, seed=0):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(H, "CHUNK_LOGITS", 4 * VOCAB)
+    monkeypatch.setattr(H, "CHUNK_ROWS", 1)
 
 
 def heads(kind: str) -> Head:
