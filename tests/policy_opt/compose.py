@@ -304,7 +304,8 @@ def without(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
     for term in on:
         if isinstance(term.coef, Part):
             plain = dataclasses.replace(term, coef=1.0)
-            yield f"terms.{term.name}.coef", recipe.replace(terms=tuple(plain if t is term else t for t in recipe.terms))
+            terms = tuple(plain if t is term else t for t in recipe.terms)
+            yield f"terms.{term.name}.coef", recipe.replace(terms=terms)
     empty = Curriculum(max_rounds=recipe.curriculum.max_rounds)
     for name in ("order", "accept"):
         if getattr(recipe.curriculum, name) != getattr(empty, name):

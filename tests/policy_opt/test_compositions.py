@@ -159,9 +159,8 @@ def test_a_composition_is_finite_and_invariant(seed):
         assert found[2] == expected[2] and len(found[0]) == len(expected[0]), (composition.command, change)
         for a, b in zip(found[0], expected[0], strict=True):
             for name in b:
-                torch.testing.assert_close(
-                    a[name], b[name], rtol=1e-8, atol=1e-11, msg=lambda m: f"{composition.command} {change}: {m}"
-                )
+                said = f"{composition.command} {change}"
+                torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-11, msg=lambda m, s=said: f"{s}: {m}")
         for a, b in zip(found[3], expected[3], strict=True):
             assert a == pytest.approx(b, rel=1e-8, abs=1e-10), (composition.command, change)
 
