@@ -216,7 +216,8 @@ def test_progrpo(seed):
     right = columns_of(get("progrpo"), b.over(reward_B=torch.ones(B, dtype=torch.float64), logp_prompt_BT=prompt_BT))
     order = right["confidence_answer_B"].argsort()
     assert (right["adv_B"][order].diff() < 0).all()
-    mixed = columns_of(get("progrpo", "advantage.eligible=mixed_only"), b.over(reward_B=torch.ones(B, dtype=torch.float64)))
+    equal = b.over(reward_B=torch.ones(B, dtype=torch.float64))
+    mixed = columns_of(get("progrpo", "advantage.eligible=mixed_only"), equal)
     assert not mixed["adv_B"].any()
     # The prompt's confidence moves a group as one.
     other = columns_of(get("progrpo"), b.over(logp_prompt_BT=prompt_BT))["adv_B"]
