@@ -113,7 +113,7 @@ def test_two_iterations(ground: Any, slug: str, variant: str | None) -> None:
         trainer.iterate()
     for record in trainer.history:
         assert all(math.isfinite(v) for v in record.values() if isinstance(v, (int, float))), record
-        assert record["skipped"] == 0 and record["no_verdict"] == 0
+        assert record["skipped"] == 0 and record["failures"] == 0
     rules = {t.facts.get("temperature_rule") for t in session.actor.played} - {None}
     assert rules == session.recipe.hooks, "in the second iteration every sampler has what its rule takes"
     assert max(record["logp_gap"] for record in trainer.history) <= 1e-4
