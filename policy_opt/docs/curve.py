@@ -21,6 +21,7 @@ def curve(recipe: Recipe, seeds: int = SEEDS, iterations: int = ITERATIONS) -> l
     """
     if recipe.learns.startswith("none"):
         return None
+    recipe = recipe.set(*recipe.smoke)
     found = []
     for seed in range(seeds):
         world = World(tasks=4, turns=2, actions=2, seed=seed)

@@ -93,7 +93,7 @@ def smoke(recipe: Recipe, curve: str) -> str:
     return (
         f"![share of right answers by iteration]({curve})\n\n"
         f"`{recipe.learns}`: a softmax table with 4 tasks, 2 turns of 2 tokens, 32 episodes per iteration; mean, "
-        "lowest and highest of 3 seeds."
+        "lowest and highest of 3 seeds." + "".join(f" `--set {spec}`" for spec in recipe.smoke)
     )
 
 

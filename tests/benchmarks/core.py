@@ -304,7 +304,9 @@ def main() -> int:
         bounds += imports()
     show(bounds, times)
     print(json.dumps({
-        "benchmark": "core", "bounds": {b.name: [round(b.value, 4), b.limit, b.holds] for b in bounds},
+        "benchmark": "core", "bounds": {
+            b.name: [round(b.value, 4), None if b.limit == float("inf") else b.limit, b.holds] for b in bounds
+        },
         "advantage_ms": {name: round(value, 3) for name, value in times.items()}, "head": sides, "threads": 1,
         "torch": torch.__version__, "machine": platform.machine(), "load": round(os.getloadavg()[0], 2),
     }))  # fmt: skip
