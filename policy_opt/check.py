@@ -7,11 +7,12 @@ weights on a loss that has no tokens; facts that the environment does not delive
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from policy_opt.batch import CORE, UNITS, is_stem, spellings
+from policy_opt.controllers import Dual
 from policy_opt.errors import RecipeError
-from policy_opt.need import SHAPE, Need
+from policy_opt.need import LOGP_REF, SHAPE, Need
 from policy_opt.part import Part, walk
 from policy_opt.recipe import STAGES, Recipe
 from policy_opt.terms import Term
@@ -142,9 +143,21 @@ class _Flow:
                 raise self.fail(f"two terms have one name: {[term.name for term in active]}")
             for term in active:
                 self.term(term)
+                self.follows(term, active)
         for step in recipe.schedule.steps:
             for part in step.parts:
                 self.read |= {s for name in part.reads for s in spellings(name)} & self.writer.keys()
+
+    def follows(self, term: Term, active: Sequence[Term]) -> None:
+        """A multiplier whose metric nothing measures would stay where it starts."""
+        if not isinstance(term.coef, Dual):
+            return
+        of, measured = term.coef.of, {f"loss_{other.name}" for other in active if len(active) > 1}
+        if of.startswith("loss_") and of not in measured:
+            known = ", ".join(f"`{name}`" for name in sorted(measured)) or "`loss` alone, for there is one term"
+            raise self.fail(f"terms.{term.name}.coef follows `{of}`, which nothing measures; there is {known}")
+        if of == "kl_ref" and all(need.name != LOGP_REF.name for need in self.recipe.needs):
+            raise self.fail(f"terms.{term.name}.coef follows `kl_ref`, but no part needs `{LOGP_REF.name}`")
 
     def term(self, term: Term) -> None:
         path = f"terms.{term.name}"

@@ -239,9 +239,11 @@ def _with_term(recipe: Recipe, rng: random.Random) -> Recipe:
 # -- repairing ----------------------------------------------------------------------------------------------
 
 
-def compose(seed: int) -> tuple[Composition, list[str]]:
-    """A composition that passes its check, and the reasons of all the refusals on the way to it."""
-    rng, refused = random.Random(seed), []
+@cache
+def compose(seed: int) -> tuple[Composition, list[tuple[Recipe, str]]]:
+    """A composition that passes its check, and all that was refused on the way to it, with the reasons."""
+    rng = random.Random(seed)
+    refused: list[tuple[Recipe, str]] = []
     while True:
         recipe: Recipe | None = drawn(rng)
         for _ in range(REPAIRS):
@@ -249,7 +251,7 @@ def compose(seed: int) -> tuple[Composition, list[str]]:
             try:
                 recipe.check(TableActor.columns)
             except RecipeError as error:
-                refused.append(str(error))
+                refused.append((recipe, str(error)))
                 recipe = repaired(recipe, str(error), rng)
                 if recipe is None:
                     break
