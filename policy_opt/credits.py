@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from policy_opt.batch import Batch
+from policy_opt.metrics import over_mask
 from policy_opt.need import LOGP_OLD
 from policy_opt.part import Ctx, Part
 from policy_opt.surrogates import ratio
@@ -53,7 +54,7 @@ class TIS(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         weight = mismatch(b, self.level)
-        ctx.log("importance_capped", float((weight > self.cap).double().mean()))
+        ctx.log("importance_capped", over_mask((weight > self.cap).double(), b))
         return weigh(b, weight.clamp(max=self.cap))
 
 
@@ -82,7 +83,7 @@ class MIS(Part):
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         weight = mismatch(b, self.level)
         keep = (weight >= self.low) & (weight <= self.high)
-        ctx.log("importance_dropped", float((~keep).double().mean()))
+        ctx.log("importance_dropped", over_mask((~keep).double(), b))
         return weigh(b, torch.where(keep, weight, 0))
 
 

@@ -192,7 +192,7 @@ class MaxVariance(Part):
 def extremes(value_QG: Tensor, there_QG: Tensor, wanted_Q: Tensor) -> Tensor:
     """Of each line's ascending values, the `wanted` ones with the largest variance (all, if there are fewer).
 
-    True on the k largest and wanted - k smallest; of equally good k (within 1e-12) the smallest. [Q, G]
+    True on the k largest and wanted - k smallest; of equally good k (within 1e-12 of the squares) the smallest. [Q, G]
     """
     size_Q = there_QG.sum(1)
     n_Q = torch.minimum(wanted_Q, size_Q)
@@ -208,7 +208,8 @@ def extremes(value_QG: Tensor, there_QG: Tensor, wanted_Q: Tensor) -> Tensor:
     mean_QK2 = total_QK2 / n_Q.clamp(min=1)[:, None, None]
     variance_QK = mean_QK2[..., 1] - mean_QK2[..., 0].square()
     variance_QK = torch.where(k_K <= n_Q[:, None], variance_QK, -torch.inf)
-    best_QK = variance_QK >= variance_QK.amax(1, keepdim=True) - 1e-12
+    near_Q1 = 1e-12 * mean_QK2[..., 1].amax(1, keepdim=True).clamp(min=1)
+    best_QK = variance_QK >= variance_QK.amax(1, keepdim=True) - near_Q1
     k_Q = best_QK.long().argmax(1)
     rank_G = torch.arange(value_QG.shape[1], device=n_Q.device)
     low_QG, high_QG = rank_G < (n_Q - k_Q)[:, None], rank_G >= (size_Q - k_Q)[:, None]

@@ -191,11 +191,25 @@ def test_every_part_of_a_composition_changes_something(seed):
             less.check(Lively.columns)
         except RecipeError:
             continue  # another part cannot be without it
+        if still(recipe):
+            return
         if not any(not same(play(recipe, **how), play(less, **how)) for how in TRIES):
             assert read(recipe, path), f"{path} is ignored: {composition.command}"
 
 
+AT_REST = {"RatioVariance", "SampledKL", "ExactKL", "TrustRegion"}
+"""Surrogates that are smallest where the policy has not moved: alone, they never move it."""
+
+
+def still(recipe) -> bool:
+    """Is the loss made of such surrogates only, and at its smallest?"""
+    if any(type(term.loss).__name__ not in AT_REST for term in recipe.terms if term.on):
+        return False
+    return not any(g.any() for how in TRIES for step in play(recipe, **how)[0] for g in step.values())
+
+
 IDLE = {
+    "Conflicts": "right and wrong answers have no tokens in common",
     "CapWidths": "a bound on widths that are below it",
     "EqualGroups": "groups are equal already",
     "AdvantageousWeight": "all groups meet the criterion, or none",
