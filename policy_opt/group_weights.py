@@ -222,7 +222,7 @@ class AdvantageousWeight(Part):
     def reads(self) -> frozenset[str]:
         success = "correct_B" if self.correct_above is None else "reward_B"
         limit = {"truncated_B"} if self.max_length is None else set()
-        return frozenset({"reward_B", "length_B", "group_B", "adv", success, *limit})
+        return frozenset({"length_B", "group_B", "adv", success, *limit})
 
     overwrites = SETS
 
