@@ -43,23 +43,21 @@ from policy_opt.vectors import Trace, Vectors, aggregation
 
 @dataclass(frozen=True)
 class LowRatio(Part):
-    """-min(rho, clip(rho, 1 - low, 1 + high)) A: capped above whatever the sign of A, never below."""
+    """-min(rho, clip(rho, 1 - eps, 1 + eps)) A = -min(rho, 1 + eps) A: capped above whatever the sign of A."""
 
     stage: ClassVar[str] = "surrogate"
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
-    clip_low: float = 0.2
     clip_high: float = 0.2
 
     def __post_init__(self) -> None:
-        check_widths(self.clip_low, self.clip_high)
+        check_widths(0.0, self.clip_high)
 
     needs = LOGP, LOGP_OLD
     reads = frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        rho_BT = ratio(log_ratio(s, b))
-        return -torch.minimum(rho_BT, rho_BT.clamp(1 - self.clip_low, 1 + self.clip_high)) * b.per_token("adv")
+        return -ratio(log_ratio(s, b)).clamp(max=1 + self.clip_high) * b.per_token("adv")
 
 
 # -- golden numbers: a case holds the batch before, the window, and the mean reward since ------------------------
@@ -96,10 +94,11 @@ def rewarded(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def clip(recipe: Recipe, width: float) -> Recipe:
     """The param clip: of all ratios."""
-    steps = ("policy", "release") if recipe.schedule.steps[0].terms else ()
-    for path in ("terms.policy", *(f"schedule.terms.{name}" for name in steps)):
-        recipe = recipe.set(f"{path}.clip_low={width}", f"{path}.clip_high={width}")
-    return recipe
+    sets = [f"terms.policy.clip_{end}={width}" for end in ("low", "high")]
+    if recipe.schedule.steps[0].terms:
+        names = ("policy.clip_low", "policy.clip_high", "release.clip_high")
+        sets += [f"schedule.terms.{name}={width}" for name in names]
+    return recipe.set(*sets)
 
 
 CURRENT = (
@@ -108,7 +107,7 @@ CURRENT = (
 )
 BEFORE = (
     Term(Clip(clip_low=0.2, clip_high=0.2), agg=TokenMean(), weights=("w", "w_retrospect")),
-    Term(LowRatio(0.2, 0.2), agg=TokenMean(), coef=0.0, name="release", weights=("w", "w_retrospect")),
+    Term(LowRatio(clip_high=0.2), agg=TokenMean(), coef=0.0, name="release", weights=("w", "w_retrospect")),
     Term(K3(), agg=TokenMean(), coef=0.0, name="kl", weights=()),
 )
 GATE = (
