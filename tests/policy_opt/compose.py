@@ -30,7 +30,7 @@ from policy_opt.terms import Term
 SMALL: dict[str, Any] = {
     "warmup": 1, "window": 2, "every": 1, "iterations": 2, "rollouts": 2, "max_len": 4, "cache_len": 3, "length": 4,
     "max_length": 4, "groups": 2, "rows": 2, "tasks": 3, "max_rounds": 3, "kl_beta": 0.1,
-    "tau_f": 3.0, "tau_h": 3.0,
+    "tau_f": 3.0, "tau_h": 3.0, "size": 2,
 }  # fmt: skip
 """Options at the scale of a table whose runs last two iterations; those that switch a part off by default, on."""
 REPAIRS = 12
