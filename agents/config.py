@@ -72,6 +72,66 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in the place of full weights (extra `lora`)."""
+
+    rank: Count = 0
+    """Rank of the adapters; 0: all weights are trained."""
+    alpha: Positive | None = None
+    """Scale: the adapters' product is multiplied by alpha / rank; none: 2 x rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the layers that get adapters; may be given several times; none: every linear layer but the head."""
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """The engine `vllm` (extra `vllm`)."""
+
+    servers: tuple[str, ...] = ()
+    """Addresses of running servers, http://HOST:PORT; may be given several times; none: colocated, in this process."""
+    memory: Fraction = 0.4
+    """Share of the GPU's memory for weights and keys and values of a colocated engine."""
+    kv_gib: Positive = 1.0
+    """GiB of keys and values where there is no GPU."""
+    tensor_parallel: Natural = 1
+    """GPUs that one colocated engine is spread over."""
+    eager: bool = False
+    """Without CUDA graphs: starts faster, decodes slower."""
+    gap: Positive | None = None
+    """Largest difference of log-probs that the check after each weight sync accepts; none: 1e-3 in float32, 0.25 in
+    half precisions."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Processes that step environments."""
+
+    count: Count = 0
+    """How many; 0: environments live in this process, which is faster below a millisecond a step."""
+    memory_gib: Positive = 2.0
+    """Memory that one may use; above it, it is ended and its episode fails."""
+    timeout_s: Positive = 60.0
+    """Seconds that a step or reset may take; after that the worker is ended and its episode fails."""
+    ray: str | None = None
+    """Address of a Ray cluster (`auto`: the one that this machine belongs to) that runs the workers (extra `ray`);
+    none: processes of this machine."""
+
+
+@dataclass(frozen=True)
+class AheadConfig:
+    """Asynchronous rollouts, one step off: iteration k + 1 is played while k is learned."""
+
+    on: bool = False
+    """Off: play, then learn; the reference."""
+    correction: Literal["tis", "mis", "none"] = "tis"
+    """Importance weights pi_old / sampler: truncated at `cap`, masked outside [1 / cap, cap], or none."""
+    cap: Positive = 2.0
+    """Of the importance weights."""
+    staleness: Natural = 2
+    """Updates that a token's policy may be behind the one it trains; older trajectories are dropped and counted."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """The evaluations before and after training."""
 
@@ -133,6 +193,17 @@ class TrainConfig:
     """The policy's optimizer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How episodes are played."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What samples: hf, the trainable model itself; vllm, an engine of its own that gets the weights after each
+    update."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """The engine vllm."""
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    """Processes that step environments."""
+    ahead: AheadConfig = field(default_factory=AheadConfig)
+    """Asynchronous rollouts."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
     warm: WarmConfig = field(default_factory=WarmConfig)
     """The warm start."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -141,6 +212,10 @@ class TrainConfig:
     """Checkpoints and stored episodes."""
     micro_tokens: Natural | None = None
     """Tokens of a training micro-batch, padding included; none: 1,024 for tiny models, else 8,192."""
+    packing: Literal["auto", "always", "never"] = "auto"
+    """Rows of a micro-batch end to end without padding; auto: where the model can and it saves work."""
+    recompute: bool = False
+    """Gradient checkpointing: activations are computed again in the backward pass; less memory, a third more time."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Weights. bfloat16: float32 weights, computed with in bfloat16 where the device can."""
     threads: Natural | None = None
