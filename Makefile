@@ -27,7 +27,7 @@ train: $(VENV)/.train
 	$(PY) -m agents.train --env tool_qa $(ARGS)
 
 test: $(VENV)/.test check
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-full: $(VENV)/.test
 	$(PY) -m pytest -m full $(ARGS)
