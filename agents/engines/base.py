@@ -17,6 +17,13 @@ Stop = Literal["stop", "length", "context"]
 """Why a turn ended: a stop token was sampled; its token budget was used up; the row's context is full."""
 
 
+class EngineFailure(RuntimeError):
+    """An engine that cannot go on: its process or server is gone, or it does not hold the weights that it should.
+
+    Ends the run with exit code 1; what to do stands in the message. The run goes on from its last checkpoint.
+    """
+
+
 def stream(seed: Key) -> np.random.SeedSequence:
     """The random stream of a name; a negative number in it (groups beside training's have one) counts from 2^64."""
     return np.random.SeedSequence([int(n) if n >= 0 else (1 << 64) + int(n) for n in seed])
