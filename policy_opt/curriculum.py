@@ -97,8 +97,8 @@ class Curriculum(Part):
         """(task, group, member) of the episodes to go on with; each is handed out once."""
         return [tuple(ids) for ids in ctx.state(self).pop("unfinished", [])] if self.resume else []
 
-    def observe(self, b: Batch, ctx: Ctx) -> None:
-        """Remember which episodes are not finished."""
+    def remember(self, b: Batch, ctx: Ctx) -> None:
+        """Note which of the accepted episodes are not finished; called when the rollout is over."""
         if self.resume:
             ids = torch.stack([b["task_B"], b["group_B"], b["member_B"]], 1)
             ctx.state(self)["unfinished"] = ids[(b["finished_B"] == 0) & b.once()].tolist()

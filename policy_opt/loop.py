@@ -3,23 +3,27 @@
     curriculum -> rollout -> expand -> signals -> reward -> advantage -> credit -> loss -> update -> observe
 
 The loop knows no algorithm: what a method does stands in its recipe's parts.
+
+With a bound on staleness the rollout is one iteration ahead: as soon as the batch of iteration k is there, the
+episodes of k + 1 are chosen and sent out, under the policy of then; they are played while k is learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from policy_opt import metrics
+from policy_opt.ahead import Account, Ages, Sent, drift
 from policy_opt.batch import Batch, concat
 from policy_opt.errors import BatchError, RecipeError
 from policy_opt.need import LOGP_OLD
 from policy_opt.part import Ctx, run
-from policy_opt.protocols import Actor, Job, Learner
+from policy_opt.protocols import Actor, AheadActor, Job, Learner
 from policy_opt.recipe import STAGES, Recipe
 from policy_opt.schedule import Fresh
 from policy_opt.state import decode, encode
@@ -46,24 +50,40 @@ class RunSize:
 
 
 class Loop:
-    """A run: iterate() plays and learns once; state_dict() is all that it remembers, weights apart."""
+    """A run: iterate() plays and learns once; state_dict() is all that it remembers, weights apart.
 
-    def __init__(self, recipe: Recipe, actor: Actor, learner: Learner, size: RunSize) -> None:
+    staleness: the largest age of a token, in iterations, where rollouts are one iteration ahead; the actor must be
+        able to `send` and `collect`. None: play, then learn.
+    """
+
+    def __init__(
+        self, recipe: Recipe, actor: Actor, learner: Learner, size: RunSize, staleness: int | None = None
+    ) -> None:
         recipe.check(getattr(actor, "columns", None))
         unserved = recipe.hooks - getattr(actor, "hooks", frozenset())
         if unserved:
             raise RecipeError(f"{recipe.slug}: the actor has no sampler rule `{min(unserved)}`")
+        if staleness is not None and not isinstance(actor, AheadActor):
+            raise RecipeError(f"{type(actor).__name__} has no send and collect: it cannot play one iteration ahead")
         self.recipe, self.actor, self.learner, self.size = recipe, actor, learner, size
         self.step = 0
         self.next_group = 0
         self.states: dict[str, dict[str, Any]] = {}
         self.prepared: str | None = None
         self.known = Known()
+        self.account = Account()
+        self.ages = Ages(staleness) if staleness is not None else None
+        self.sent: Sent | None = None
 
-    def iterate(self) -> tuple[Batch, dict[str, float]]:
-        """One iteration: (the batch that was trained on, with all columns; its numbers)."""
+    def iterate(self, more: bool = True) -> tuple[Batch, dict[str, float]]:
+        """One iteration: (the batch that was trained on, with all columns; its numbers).
+
+        more: another one follows, so that its rollout may begin before this one's batch is learned.
+        """
         recipe, ctx = self.enter()
         b = self.rollout(recipe, ctx)
+        if self.ages is not None and more:
+            self.send()
         b = self.columns(recipe, b, ctx)
         b = self.update(recipe, b, ctx)
         self.observe(recipe, b, ctx)
@@ -72,18 +92,23 @@ class Loop:
 
     # -- stages -------------------------------------------------------------------------------------------
 
-    def prepare(self) -> tuple[Recipe, str, int, tuple[str, ...]]:
-        """Build the models of the phase that the run is in: (its recipe, name, first step, syncs).
-
-        Called by every iteration; a trainer calls it before it loads the bank's weights from a checkpoint.
-        """
+    def phase(self, step: int) -> tuple[Recipe, str, int, tuple[str, ...]]:
+        """The phase that a step is in: (its recipe, name, first step, syncs)."""
         name, recipe, start = "", self.recipe, 0
         sync: tuple[str, ...] = ()
         for phase in self.recipe.phases:
             name, recipe, sync = phase.name, phase.recipe, phase.sync
-            if phase.iterations is None or self.step < start + phase.iterations:
+            if phase.iterations is None or step < start + phase.iterations:
                 break
             start += phase.iterations
+        return recipe, name, start, sync
+
+    def prepare(self) -> tuple[Recipe, str, int, tuple[str, ...]]:
+        """Build the models of the phase that the run is in; see `phase`.
+
+        Called by every iteration; a trainer calls it before it loads the bank's weights from a checkpoint.
+        """
+        recipe, name, start, sync = self.phase(self.step)
         if self.prepared != name:
             self.learner.prepare(recipe.models, recipe.needs, recipe.optimizer)
             self.prepared = name
@@ -95,42 +120,80 @@ class Loop:
         if self.step == start:
             for model in sync:
                 self.learner.sync(model)
-        ctx = Ctx(
-            step=self.step,
+        ctx = self.context(recipe, name, self.step)
+        if self.sent is not None:
+            ctx.version = self.sent.version
+            ctx.metrics |= self.sent.metrics
+        return recipe, ctx
+
+    def context(self, recipe: Recipe, phase: str, step: int) -> Ctx:
+        """What the parts of an iteration are told."""
+        return Ctx(
+            step=step,
             seed=self.size.seed,
             version=self.learner.version,
             tasks=self.size.tasks,
             recipe=recipe.slug,
             lr=self.learner.lr,
-            states=self.states.setdefault(name, {}),
+            states=self.states.setdefault(phase, {}),
             paths={id(part): path for path, part in recipe.parts},
             actor=self.actor,
             learner=self.learner,
         )
-        return recipe, ctx
 
     def rollout(self, recipe: Recipe, ctx: Ctx) -> Batch:
         """Play until enough groups are accepted, at most curriculum.max_rounds times."""
         curriculum = recipe.curriculum
-        missing, played, kept = self.size.groups, [], []
+        missing, played, kept, account = self.size.groups, [], [], Account()
+        if self.ages is not None:
+            self.ages.begin(self.learner.version)
         for _ in range(curriculum.max_rounds):
-            b = self.actor.play(self.jobs(recipe, missing, ctx))
+            b = self.play(recipe, missing, ctx)
             validate(b, recipe.slug)
-            keep_B = curriculum.screen(b, ctx)
             played.append(b)
-            if keep_B.any():
-                kept.append(b if keep_B.all() else b.rows(keep_B.nonzero().squeeze(1)))
-                missing -= kept[-1].index()[1]
+            young = b if self.ages is None else self.ages.young(b)
+            keep_B = curriculum.screen(young, ctx) if young.B else young.mask_BT.any(1)
+            some = young if keep_B.all() else young.rows(keep_B.nonzero().squeeze(1))
+            account.note(b, young, some)
+            if some.B:
+                kept.append(some)
+                missing -= some.index()[1]
             if missing <= 0:
                 break
         everything = concat(played)
         ctx.metrics |= metrics.of_rollout(everything)
         for _, part in recipe.parts:
             part.played(everything, ctx)
-        ctx.log("groups_rejected", everything.index()[1] - sum(b.index()[1] for b in kept))
+        ctx.log("groups_rejected", account.rejected.groups)
         ctx.log("rollout_rounds", len(played))
+        self.account.settle(account)
+        curriculum.remember(concat(kept) if kept else young, ctx)
         # With nothing accepted there is nothing to learn: the last rollout stands for it, with an empty mask.
-        return concat(kept) if kept else played[-1].silence(torch.zeros_like(played[-1]["reward_B"]))
+        found = concat(kept) if kept else played[-1].silence(torch.zeros_like(played[-1]["reward_B"]))
+        if self.ages is not None:
+            self.ages.log(found, ctx)
+            ctx.metrics |= account.losses() | self.account.totals()
+        return found
+
+    def play(self, recipe: Recipe, groups: int, ctx: Ctx) -> Batch:
+        """Episodes of so many groups: those that were sent out an iteration ago, else played now."""
+        if self.sent is not None:
+            self.sent = None
+            assert isinstance(self.actor, AheadActor)
+            return self.actor.collect()
+        jobs = self.jobs(recipe, groups, ctx)
+        self.account.sent += len(jobs)
+        return self.actor.play(jobs)
+
+    def send(self) -> None:
+        """Choose the episodes of the next iteration and have them played, with the weights as they are now."""
+        recipe, name, *_ = self.phase(self.step + 1)
+        ctx = self.context(recipe, name, self.step + 1)
+        jobs = self.jobs(recipe, self.size.groups, ctx)
+        assert isinstance(self.actor, AheadActor)
+        self.actor.send(jobs)
+        self.account.sent += len(jobs)
+        self.sent = Sent(len(jobs), self.learner.version, ctx.metrics)
 
     def jobs(self, recipe: Recipe, groups: int, ctx: Ctx) -> list[Job]:
         """Episodes to play for so many groups: unfinished ones go on, the rest are new tasks."""
@@ -164,6 +227,7 @@ class Loop:
         """The schedule's optimizer steps; returns the fresh batch with what they added."""
         steps: list[dict[str, float]] = []
         gap = 0.0
+        own = self.learner.version if self.ages is not None else None
         timely = [(path, part) for path, part in recipe.parts if part.stage in STAGES and part.when == "step"]
         for number, step in enumerate(recipe.schedule.steps):
             b = step.source.draw(fresh, ctx)
@@ -181,7 +245,7 @@ class Loop:
                 unmoved = self.learner.version == known.version
                 taken = optimize(terms, timely, some, ctx, known, step.lr_scale)
                 if unmoved and "logp_BT" in taken.streams:
-                    gap = max(gap, metrics.logp_gap(taken.streams["logp_BT"], taken.batch))
+                    gap = max(gap, metrics.logp_gap(taken.streams["logp_BT"], taken.batch, own))
                 ctx.step_reports = reports(taken.loss.terms, taken.streams, taken.batch)
                 numbers = metrics.of_step(taken.loss, taken.streams, taken.batch, ctx.step_reports)
                 steps.append({**taken.numbers, **numbers})
@@ -190,7 +254,12 @@ class Loop:
                     fresh = taken.batch
         ctx.metrics |= metrics.over_steps(steps)
         ctx.log("optimizer_steps", len(steps))
-        ctx.log("logp_gap", metrics.logp_gap(fresh["logp_old_BT"], fresh) if "logp_old_BT" in fresh else gap)
+        if "logp_old_BT" in fresh:
+            gap = metrics.logp_gap(fresh["logp_old_BT"], fresh, own)
+        if self.ages is not None:
+            ctx.log("stale_kl", drift(fresh) if "logp_old_BT" in fresh else 0.0)
+            gap = max(gap, getattr(self.actor, "gap", 0.0))
+        ctx.log("logp_gap", gap)
         return fresh
 
     def complete(self, b: Batch, parts: tuple[Any, ...], known: Known, ctx: Ctx) -> Batch:
@@ -220,13 +289,24 @@ class Loop:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but weights and optimizers, as tensors, numbers and text."""
-        return {"step": self.step, "next_group": self.next_group, "states": encode(self.states)}
+        return {
+            "step": self.step,
+            "next_group": self.next_group,
+            "states": encode(self.states),
+            "account": self.account.state_dict(),
+            "sent": None if self.sent is None else asdict(self.sent),
+            "versions": [] if self.ages is None else list(self.ages.versions),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; RecipeError where it is not one."""
         try:
             self.step, self.next_group = int(state["step"]), int(state["next_group"])
             self.states = decode(state["states"])
+            self.account = Account.from_state(state["account"])
+            self.sent = None if state["sent"] is None else Sent(**state["sent"])
+            if self.ages is not None:
+                self.ages.versions = list(state["versions"])
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"not the state of a loop: {error!r}") from error
 

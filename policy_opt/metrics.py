@@ -61,14 +61,17 @@ def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return found
 
 
-def logp_gap(logp_BT: Tensor, b: Batch) -> float:
+def logp_gap(logp_BT: Tensor, b: Batch, version: int | None = None) -> float:
     """max |logp - logp_sampler| on the mask: the alarm for a sampler that is not the policy.
 
     Tokens that an unfinished episode brought along from an older version of the policy are left out.
+
+    version: the policy's; where nothing was sampled by it, because the batch was played ahead, the gap is 0 and the
+        actor must have compared the weights that it played with. None: that of the newest tokens.
     """
     if not b.mask_BT.any():
         return 0.0
-    newest_BT = b.version_BT == b.version_BT[b.mask_BT].max()
+    newest_BT = b.version_BT == (b.version_BT[b.mask_BT].max() if version is None else version)
     return float((masked((logp_BT - b.logp_sampler_BT).abs(), b) * newest_BT).max())
 
 

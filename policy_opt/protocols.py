@@ -118,6 +118,23 @@ class Actor(Protocol):
         ...
 
 
+@runtime_checkable
+class AheadActor(Protocol):
+    """What an actor can do besides whose episodes are played while the learner learns.
+
+    One attribute is optional: `gap`, the largest difference between log-probs under the weights that were sent and
+    those that the sampler of the batch collected last worked with.
+    """
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Begin to play with the policy's weights as they are now, whatever they become; returns at once."""
+        ...
+
+    def collect(self) -> Batch:
+        """The batch of the jobs sent last, as `play` gives it; waits until it is there."""
+        ...
+
+
 Pull = Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """(rows_R, live streams [R, T], detached) -> cotangents [R, T]; a stream that is left out gets no gradient.
 """

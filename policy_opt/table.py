@@ -214,6 +214,17 @@ class TableActor:
         self.seeds = Ctx(seed=world.seed)
         self.played: dict[tuple[int, int], Tensor] = {}
         self.partial = Partial()
+        self.sent: Batch | None = None
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        """A table's episodes cost nothing, so they are played at once, with the weights as they are now."""
+        self.sent = self.play(jobs)
+
+    def collect(self) -> Batch:
+        """The batch that was sent."""
+        assert self.sent is not None
+        found, self.sent = self.sent, None
+        return found
 
     def play(self, jobs: Sequence[Job]) -> Batch:
         """All jobs at once; each draws from a generator of its own."""
