@@ -8,16 +8,20 @@ gradient does not depend on padding, split, row order or the number of processes
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from agents.bank import Bank
+from agents.activations import recomputed
+from agents.bank import Bank, Member
 from agents.config import OptimConfig
 from agents.dist import World
 from agents.forward import Convention
+from agents.memory import Gradients, in_halves
+from agents.packed import can_pack
 from agents.packing import Chunk, Part, plan
 from agents.pairing import mismatched
 from agents.prefix import can_share
@@ -39,10 +43,13 @@ class LMLearner:
         convention: temperature and banned ids of the sampler.
         world: the processes; each works on its share of the rows.
         micro_tokens: tokens of a micro-batch, padding included.
-        share: compute an opening once for the rows that begin with it, where the model can.
+        share: compute an opening once for the rows that begin with it, where the models can.
+        packing: rows end to end without padding; auto: where the models can and fewer tokens go through them.
+        recompute: keep no activations inside layers. Padded rows then share no openings, which would need a cache.
 
     Attributes:
         version: optimizer steps so far.
+        oom_splits: micro-batches so far that were halved for want of memory, in this process.
         streams: what the last backward pass saw, `[B, T]` by name.
     """
 
@@ -55,12 +62,15 @@ class LMLearner:
         world: World | None = None,
         micro_tokens: int = 4096,
         share: bool = True,
+        packing: Literal["auto", "always", "never"] = "auto",
+        recompute: bool = False,
     ):
         self.model = model
         self.world = world or World()
         self.bank = Bank(model, config or OptimConfig())
         self.models = Models(self.bank, convention or Convention(), self.world)
-        self.micro_tokens, self.share = micro_tokens, share
+        self.micro_tokens, self.share, self.packing, self.recompute = micro_tokens, share, packing, recompute
+        self.oom_splits = 0
         self.version = 0
         self.streams: dict[str, Tensor] = {}
         self.device = next(model.parameters()).device
@@ -95,10 +105,13 @@ class LMLearner:
         """Quantities of the batch's rows as they stand."""
         out = self._blank(b, needs)
         everyone_B = torch.ones(b.B, dtype=torch.bool, device=b.tokens_BT.device)
-        for chunk in self._plan(b, needs, everyone_B):
+
+        def look(chunk: Chunk) -> None:
             work = Work(self.models, b, chunk)
             for part in chunk.parts:
                 _show(Piece(work, part, self.device).streams(needs), part, out)
+
+        self._through(b, self._plan(b, needs, everyone_B), look)
         self.world.sum_(out.values())
         return out
 
@@ -117,15 +130,33 @@ class LMLearner:
                 raise RecipeError(f"`{need.name}`: a {type(need.what).__name__} has no gradient stream")
         out = self._blank(b, needs)
         busy_B = self._guess_busy(b, needs, pull)
-        for chunk in (*self._look(b, needs, pull, ~busy_B, out), *self._plan(b, needs, busy_B)):
+        chunks = [*self._look(b, needs, pull, ~busy_B, out), *self._plan(b, needs, busy_B)]
+        trained = [member for member in self.bank.members.values() if member.optimizer is not None]
+        grads = Gradients(p for member in trained for p in member.parameters())
+
+        def push(chunk: Chunk) -> None:
             work = Work(self.models, b, chunk)
             for part in chunk.parts:
                 live = Piece(work, part, self.device).streams(needs)
-                backward(live, pull(part.rows_R, _show(live, part, out)))
+                cotangents = pull(part.rows_R, _show(live, part, out))
+                grads.begin()
+                backward(live, cotangents)
             work.push()
+            grads.done()
+
+        with recomputed(member.model for member in trained) if self.recompute else nullcontext():
+            self._through(b, chunks, push, grads)
+        grads.add_up()
         self.world.sum_(out.values())
         self.streams = out
         return out
+
+    def _through(
+        self, b: Batch, chunks: Sequence[Chunk], work: Callable[[Chunk], None], grads: Gradients | None = None
+    ) -> None:
+        """Work on all chunks, in halves where memory does not suffice; NoRoom where a row alone is too much."""
+        length_B = b.real_BT.sum(1).tolist()
+        self.oom_splits += in_halves(chunks, length_B, work, grads.undone if grads else lambda: False)
 
     def _guess_busy(self, b: Batch, needs: Sequence[Need], pull: Pull) -> Tensor:
         """`[B]`: rows that would have a gradient if the policy were still the sampler's."""
@@ -144,7 +175,8 @@ class LMLearner:
     ) -> list[Chunk]:
         """Streams of rows that should have no gradient, noted in `out`; those that do have one, as chunks."""
         surprised: list[Chunk] = []
-        for chunk in self._plan(b, needs, which_B):
+
+        def look(chunk: Chunk) -> None:
             work = Work(self.models, b, chunk)
             pulls = [
                 pull(part.rows_R, _show(Piece(work, part, self.device).streams(needs), part, out))
@@ -152,6 +184,8 @@ class LMLearner:
             ]
             if any(bool(cotangent.any()) for found in pulls for cotangent in found.values()):
                 surprised.append(chunk)
+
+        self._through(b, self._plan(b, needs, which_B), look)
         return surprised
 
     def step(self, lr_scale: float = 1.0) -> dict[str, float]:
@@ -181,16 +215,32 @@ class LMLearner:
         actions = all(need.where == "actions" for need in needs)
         if actions:
             which_B = which_B & b.mask_BT.any(1)
-        return plan(b, which_B, self.micro_tokens, self.world, actions and self._can_share(needs))
+        members = [self.bank[name] for name in sorted(self._names(needs))]
+        shares = self.share and actions
+        if self.packing == "never" or not all(map(self.packs, members)):
+            shares = shares and not self.recompute and all(map(self.shares, members))
+            return plan(b, which_B, self.micro_tokens, self.world, shares)
+        pack = self.packing
+        if pack == "auto" and shares and (self.recompute or not all(map(self.shares, members))):
+            pack = "always"  # padded, openings could not be shared
+        return plan(b, which_B, self.micro_tokens, self.world, shares, pack)
 
-    def _can_share(self, needs: Sequence[Need]) -> bool:
-        names = {need.model for need in needs} | {getattr(need.what, "model", need.model) for need in needs}
-        if not self.share:
-            return False
-        for member in map(self.bank.__getitem__, sorted(names)):
-            if member.shares is None:
-                member.shares = can_share(member.model)
-        return all(self.bank[name].shares for name in names)
+    def _names(self, needs: Sequence[Need]) -> set[str]:
+        """Models that the needs speak of."""
+        return {need.model for need in needs} | {getattr(need.what, "model", need.model) for need in needs}
+
+    def packs(self, member: Member) -> bool:
+        """Whether a model can take rows end to end, tried once on the very model."""
+        if member.packs is None:
+            with self.world.autocast():
+                member.packs = can_pack(member.model)
+        return member.packs
+
+    def shares(self, member: Member) -> bool:
+        """Whether a model can compute an opening once for several padded rows, tried once."""
+        if member.shares is None:
+            member.shares = can_share(member.model)
+        return member.shares
 
     def _blank(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
         """Zeros of the needs' shapes and types, on the batch's device."""

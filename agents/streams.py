@@ -14,6 +14,8 @@ from agents.critic import Critic
 from agents.dist import World
 from agents.forward import Convention, Positions, hidden_of
 from agents.head import ExactKL, FullEntropy, Functional, Head, TargetLogProb, evaluate, top_k
+from agents.packed import Layout
+from agents.packed import hidden_of as hidden_of_packed
 from agents.packing import Chunk, Part
 from agents.prefix import Openings
 from policy_opt.batch import Batch
@@ -63,17 +65,20 @@ class Work:
     chunk: Chunk
     openings: dict[str, Openings] = field(default_factory=dict)
 
-    def hidden(self, name: str, tokens_RS: Tensor, part: Part) -> Tensor:
-        """Last hidden states of a micro-batch's own tokens under one model, `[R, S, H]`."""
+    def hidden(self, name: str, piece: Piece) -> Tensor:
+        """Last hidden states of a micro-batch's own tokens under one model, as they were laid out, `[N, H]`."""
         model, world = self.models.bank[name].model, self.models.world
         with world.autocast():
-            if not int(self.chunk.length_G.max()):
-                hidden_RSH = hidden_of(model, tokens_RS)
+            if piece.layout is not None:
+                hidden_NH = hidden_of_packed(model, piece.own_RS, piece.layout)
+            elif not int(self.chunk.length_G.max()):
+                hidden_NH = hidden_of(model, piece.own_RS).flatten(0, 1)
             else:
                 if name not in self.openings:
-                    self.openings[name] = self._open(model, tokens_RS.device)
-                hidden_RSH = self.openings[name].hidden(tokens_RS, part.opening_R.to(tokens_RS.device))
-        return hidden_RSH if world.precision is None else hidden_RSH.to(world.precision)
+                    self.openings[name] = self._open(model, piece.own_RS.device)
+                opening_R = piece.part.opening_R.to(piece.own_RS.device)
+                hidden_NH = self.openings[name].hidden(piece.own_RS, opening_R).flatten(0, 1)
+        return hidden_NH if world.precision is None else hidden_NH.to(world.precision)
 
     def _open(self, model: Any, device: torch.device) -> Openings:
         width = int(self.chunk.length_G.max())
@@ -87,20 +92,68 @@ class Work:
 
 
 class Piece:
-    """One micro-batch: tokens on the models' device, the places that each `where` names, trunks once per model."""
+    """One micro-batch: tokens on the models' device, the places that each `where` names, trunks once per model.
+
+    Attributes:
+        own_RS: tokens that go through a model beside the openings: rows without them, padded on the right; or where
+            `layout` says how, everything end to end in one row.
+        start_R: the hidden state of token t of row r is the (start_R[r] + t)-th.
+    """
 
     def __init__(self, work: Work, part: Part, device: torch.device):
         self.work, self.part = work, part
         some = work.b.rows(part.rows_R)
-        width = max(1, int(some.real_BT.sum(1).max()))
+        length_R = some.real_BT.sum(1).cpu()
+        width = max(1, int(length_R.max()))
         self.tokens_RT = some.tokens_BT[:, :width].to(device)
-        self.offset_R = part.offset_R.to(device)
         mask_RT, real_RT = some.mask_BT[:, :width].to(device), some.real_BT[:, :width].to(device)
         opening_RT = real_RT & (mask_RT.cumsum(1) == 0)
         self.places = {"actions": mask_RT, "prompt": opening_RT, "all": real_RT}
         self.trunks: dict[str, Tensor] = {}
         usual = work.models.convention.temperature
         self.temperature_R = some["temperature_B"].tolist() if "temperature_B" in some else [usual] * some.B
+        self.layout: Layout | None = None
+        if work.chunk.packed:
+            self.own_RS, start_R = self._end_to_end(length_R)
+        else:
+            self.own_RS, start_R = self._padded(length_R)
+        self.start_R = start_R.to(device)
+
+    def _padded(self, length_R: Tensor) -> tuple[Tensor, Tensor]:
+        """own_RS and start_R of padded rows; what is beyond a row's end is any token, nobody reads it."""
+        rows, width = self.tokens_RT.shape
+        offset_R = self.part.offset_R.cpu()
+        own = int((length_R - offset_R).max())
+        own_RS = self.tokens_RT
+        if offset_R.any():
+            time_RS = (offset_R[:, None] + torch.arange(own)).clamp(max=width - 1)
+            own_RS = own_RS.gather(1, time_RS.to(own_RS.device))
+        return own_RS, torch.arange(rows) * own_RS.shape[1] - offset_R
+
+    def _end_to_end(self, length_R: Tensor) -> tuple[Tensor, Tensor]:
+        """own_RS `[1, N]` and start_R of packed rows; sets `layout`."""
+        lengths: list[int] = []
+        openings: list[int] = []
+        places: list[Tensor] = []
+        start_R = torch.zeros_like(length_R)
+        seen: dict[int, int] = {}
+        width, at = self.tokens_RT.shape[1], 0
+        triples = zip(length_R.tolist(), self.part.opening_R.tolist(), self.part.offset_R.tolist(), strict=True)
+        for row, (length, opening, offset) in enumerate(triples):
+            if offset and opening not in seen:
+                seen[opening] = len(lengths)
+                lengths.append(offset)
+                openings.append(-1)
+                places.append(row * width + torch.arange(offset))
+                at += offset
+            start_R[row] = at - offset
+            lengths.append(length - offset)
+            openings.append(seen[opening] if offset else -1)
+            places.append(row * width + torch.arange(offset, length))
+            at += length - offset
+        device = self.tokens_RT.device
+        self.layout = Layout(tuple(lengths), tuple(openings), device)
+        return self.tokens_RT.flatten()[torch.cat(places).to(device)][None], start_R
 
     def streams(self, needs: Sequence[Need]) -> Streams:
         """Every need's values and where they stand."""
@@ -127,18 +180,8 @@ class Piece:
     def _before(self, name: str, at: Positions) -> Tensor:
         """Hidden states of a model that predict the tokens at some places, `[N, H]`."""
         if name not in self.trunks:
-            self.trunks[name] = self.work.hidden(name, self._own_tokens(), self.part)
-        return self.trunks[name][at.row_N, at.time_N - 1 - self.offset_R[at.row_N]]
-
-    def _own_tokens(self) -> Tensor:
-        """The rows without their openings, `[R, S]`; what is beyond a row's end is any token, nobody reads it."""
-        rows, width = self.tokens_RT.shape
-        if not self.offset_R.any():
-            return self.tokens_RT
-        own = width - int(self.offset_R.min())
-        time_RS = self.offset_R[:, None] + torch.arange(own, device=self.tokens_RT.device)
-        own_RS = self.tokens_RT.gather(1, time_RS.clamp(max=width - 1))
-        return own_RS[:, : int((self.places["all"].sum(1) - self.offset_R).max())].reshape(rows, -1)
+            self.trunks[name] = self.work.hidden(name, self)
+        return self.trunks[name][self.start_R[at.row_N] + at.time_N - 1]
 
     def _evaluate(self, name: str, at: Positions, needs: Sequence[Need], temperature: float) -> dict[str, Tensor]:
         """Quantities `[N, ...]` of one model at some places; distributions in one pass over the head."""
