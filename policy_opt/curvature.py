@@ -16,19 +16,20 @@ Melo et al. 2025, arXiv 2510.00819. Everything here is a constant.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
 from policy_opt.batch import Batch
 from policy_opt.need import Hidden, Need, TopKIds, TopKLogProb
 from policy_opt.part import Ctx, Part
 
-CHUNK = 2**22
-"""Numbers of a [tokens, ids, hidden] tensor held at once."""
+CACHED, CHUNK = 2**17, 2**26
+"""Numbers of a [tokens, ids] or [tokens, ids, hidden] tensor held at once: on a processor with a cache; elsewhere."""
 
 
 class Tokens(NamedTuple):
@@ -46,6 +47,23 @@ class Tokens(NamedTuple):
     def rows_NV(self) -> Tensor:
         """A v: the gradient of row j of the head is rows_NV[:, j] h."""
         return self.adv_N[:, None] * self.v_NV
+
+
+class Places(NamedTuple):
+    """Where token ids stand in an ascending list of M ids: a table over the vocabulary."""
+
+    table_V: Tensor
+
+    @classmethod
+    def of(cls, ids_M: Tensor) -> Places:
+        """The last entry, M, is for every id after the list's last."""
+        table_V = ids_M.new_full((int(ids_M[-1]) + 2 if len(ids_M) else 1,), len(ids_M))
+        table_V[ids_M] = torch.arange(len(ids_M), device=ids_M.device)
+        return cls(table_V)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Places of some ids, M where one is not in the list: the shape of ids."""
+        return self.table_V[ids.clamp(max=len(self.table_V) - 1)]
 
 
 @dataclass(frozen=True)
@@ -71,21 +89,83 @@ class Moments:
         """Inverse of `of`."""
         return {"t": self.t, "ids": self.ids_M, "first": self.first_MD, "second": self.second_MD}
 
-    def look(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Both moments of some ids, zeros where there are none: [..., D] each."""
-        at = torch.searchsorted(self.ids_M, ids).clamp(max=len(self.ids_M) - 1)
-        known = (self.ids_M[at] == ids)[..., None]
-        return torch.where(known, self.first_MD[at], 0), torch.where(known, self.second_MD[at], 0)
+    def look(self, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Both moments of some ids, zeros where there are none: [N, D] each."""
+        at_N = Places.of(self.ids_M)(ids_N)
+        first_ND, second_ND = (_with_zeros(x_MD).index_select(0, at_N) for x_MD in (self.first_MD, self.second_MD))
+        return first_ND, second_ND
 
     def stepped(self, ids_N: Tensor, gradient_ND: Tensor, beta1: float, beta2: float) -> Moments:
         """After a step whose gradient has these rows (ids distinct); other rows stay as they are."""
         ids_M = torch.cat([self.ids_M, ids_N]).unique()
-        first_MD, second_MD = self.look(ids_M) if len(self.ids_M) else (gradient_ND.new_zeros(len(ids_M), 1),) * 2
-        first_MD, second_MD = (x.expand(-1, gradient_ND.shape[1]).clone() for x in (first_MD, second_MD))
-        at_N = torch.searchsorted(ids_M, ids_N)
+        first_MD, second_MD = self.look(ids_M)
+        at_N = Places.of(ids_M)(ids_N)
         first_MD[at_N] = beta1 * first_MD[at_N] + (1 - beta1) * gradient_ND
         second_MD[at_N] = beta2 * second_MD[at_N] + (1 - beta2) * gradient_ND.square()
         return Moments(self.t + 1, ids_M, first_MD, second_MD)
+
+
+def _with_zeros(x_MD: Tensor) -> Tensor:
+    """One more row, of zeros."""
+    return torch.cat([x_MD, x_MD.new_zeros(1, x_MD.shape[1])])
+
+
+def at_once(like: Tensor, numbers: int) -> int:
+    """Tokens held at once, with so many numbers each."""
+    return max(1, (CACHED if like.device.type == "cpu" else CHUNK) // max(1, numbers))
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """Adam's next step, for the gradient of one token alone."""
+
+    places: Places
+    """Of the moments."""
+    first_MD: Tensor
+    """Moments as they enter the step, a row of zeros after them: beta m / (1 - beta^n)."""
+    second_MD: Tensor
+    add1: float
+    """Factor of the gradient in the first moment: (1 - beta1) / (1 - beta1^n)."""
+    add2: float
+    """Factor of its square in the second."""
+    eps: float
+
+    @classmethod
+    def after(cls, moments: Moments, beta1: float, beta2: float, eps: float) -> AdamStep:
+        """From the stored moments."""
+        late1, late2 = 1 - beta1 ** (moments.t + 1), 1 - beta2 ** (moments.t + 1)
+        first_MD, second_MD = _with_zeros(moments.first_MD), _with_zeros(moments.second_MD)
+        first_MD, second_MD = first_MD.mul_(beta1 / late1), second_MD.mul_(beta2 / late2)
+        return cls(Places.of(moments.ids_M), first_MD, second_MD, (1 - beta1) / late1, (1 - beta2) / late2, eps)
+
+    def __call__(self, n: Tokens) -> Tensor:
+        """w = u h: [N, V].
+
+        The root makes u one number per token, id and hidden unit, with no shorter form: so many roots and quotients
+        are the cost of the method. A few tokens at a time stay in the cache.
+        """
+        (V, D), found = (n.ids_NV.shape[1], n.hidden_ND.shape[1]), []
+        rows = n.rows_NV, self.places(n.ids_NV), n.hidden_ND
+        for rows_CV, at_CV, hidden_CD in zip(*(x.split(at_once(n.v_NV, V * D)) for x in rows), strict=True):
+            rows_CV1, hidden_C1D = rows_CV[..., None], hidden_CD[:, None]
+            moments = self.first_MD, self.second_MD
+            u_CVD, root_CVD = (x_MD.index_select(0, at_CV.flatten()).view(-1, V, D) for x_MD in moments)
+            u_CVD.addcmul_(rows_CV1, hidden_C1D, value=self.add1)
+            root_CVD.addcmul_(rows_CV1.square(), hidden_C1D.square(), value=self.add2)
+            u_CVD /= root_CVD.sqrt_().add_(self.eps)
+            found.append((u_CVD @ hidden_CD[..., None]).squeeze(-1))
+        return torch.cat(found)
+
+
+def contractions(n: Tokens, adam: AdamStep | None) -> Tensor:
+    """<v, w>, E_pi w and E_pi w^2 of each token with w / scale in place of w; that scale; A: [5, N].
+
+    adam: None for a plain gradient step, w = A |h|^2 v.
+    """
+    w_NV = adam(n) if adam else n.v_NV
+    scale_N = torch.ones_like(n.adv_N) if adam else n.adv_N * n.hidden_ND.square().sum(1)
+    pw_NV = n.pi_NV * w_NV
+    return torch.stack([vecdot(n.v_NV, w_NV), pw_NV.sum(1), vecdot(pw_NV, w_NV), scale_N, n.adv_N])
 
 
 @dataclass(frozen=True)
@@ -131,30 +211,33 @@ class Curvature(Part):
     writes = frozenset({"gain_BT", "hessian_BT", "fisher_BT", "objective_shift_BT", "policy_shift_BT"})
     overwrites = frozenset({"mask_BT"})
 
-    def tokens(self, b: Batch) -> Tokens:
-        """The batch's policy tokens."""
+    def tokens(self, b: Batch) -> Iterator[Tokens]:
+        """The batch's policy tokens, some at a time."""
+        names = "top_logp_now_BTK", "top_ids_now_BTK", "hidden_now_BTD"
+        columns = [x.flatten(0, 1) for x in (b.tokens_BT, b.per_token("adv"), *(b[name] for name in names))]
         here_N = b.mask_BT.flatten().nonzero().squeeze(1)
-
-        def picked(value: Tensor) -> Tensor:
-            return value.flatten(0, 1).index_select(0, here_N)
-
-        ids_NV, hidden_ND, adv_N = (picked(x) for x in (b["top_ids_now_BTK"], b["hidden_now_BTD"], b.per_token("adv")))
-        logp_NV = picked(b["top_logp_now_BTK"]).to(hidden_ND.dtype)
-        pi_NV = (logp_NV - logp_NV.logsumexp(1, keepdim=True)).exp()
-        v_NV = (ids_NV == picked(b.tokens_BT)[:, None]).to(pi_NV.dtype) - pi_NV
-        return Tokens(adv_N.to(pi_NV.dtype), pi_NV, ids_NV, hidden_ND, v_NV)
+        for here_C in here_N.split(at_once(here_N, b[names[0]].shape[2])):
+            sampled_N, adv_N, logp_NV, ids_NV, hidden_ND = (x.index_select(0, here_C) for x in columns)
+            # Log-probs of the most likely ids: exp cannot overflow, nor underflow for all of them.
+            pi_NV = logp_NV.to(hidden_ND.dtype).exp_()
+            pi_NV /= pi_NV.sum(1, keepdim=True)
+            v_NV = torch.eq(ids_NV, sampled_N[:, None], out=torch.empty_like(pi_NV)).sub_(pi_NV)
+            yield Tokens(adv_N.to(pi_NV.dtype), pi_NV, ids_NV, hidden_ND, v_NV)
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         lr = ctx.lr if self.lr is None else self.lr
-        n = self.tokens(b)
-        gain_N, w_NV = self.step_of(n, Moments.of(ctx.state(self), n.hidden_ND))
-        s_N = (n.v_NV * w_NV).sum(1)
-        mean_N = (n.pi_NV * w_NV).sum(1)
-        hessian_N = n.adv_N * (s_N.square() - ((n.pi_NV * w_NV.square()).sum(1) - mean_N.square()))
-        fisher_N = s_N.square()
+        moments = Moments.of(ctx.state(self), b["hidden_now_BTD"][0])
+        adam = None
+        if self.model == "adam" and len(moments.ids_M):
+            adam = AdamStep.after(moments, self.beta1, self.beta2, self.eps)
+        s_N, mean_N, square_N, scale_N, adv_N = torch.cat([contractions(n, adam) for n in self.tokens(b)], 1)
+        s_N, mean_N, square_N = scale_N * s_N, scale_N * mean_N, scale_N.square() * square_N
+        # <g, u> = sum_j A v_j <h, u_j>.
+        gain_N, fisher_N = adv_N * s_N, s_N.square()
+        hessian_N = adv_N * (fisher_N - (square_N - mean_N.square()))
         objective_N = lr * gain_N + 0.5 * lr**2 * hessian_N
         policy_N = 0.5 * lr**2 * fisher_N
-        keep_N = torch.ones_like(s_N, dtype=torch.bool)
+        keep_N = torch.ones_like(gain_N, dtype=torch.bool)
         if self.tau_f:
             keep_N &= policy_N < self.tau_f
         if self.tau_h:
@@ -163,7 +246,7 @@ class Curvature(Part):
         ctx.log("rejected_tokens", float((~keep_N).sum()) / max(keep_N.numel(), 1))
 
         def placed(value_N: Tensor) -> Tensor:
-            return value_N.new_zeros(b.B, b.T).masked_scatter(b.mask_BT, value_N)
+            return value_N.new_zeros(b.B, b.T).masked_scatter_(b.mask_BT, value_N)
 
         return b.put(
             gain_BT=placed(gain_N),
@@ -173,38 +256,27 @@ class Curvature(Part):
             policy_shift_BT=placed(policy_N),
         ).over(mask_BT=placed(keep_N))
 
-    def step_of(self, n: Tokens, moments: Moments) -> tuple[Tensor, Tensor]:
-        """(<g, u>, w = u h) of each token: [N], [N, V]."""
-        norm_N = n.hidden_ND.square().sum(1)
-        if self.model == "sgd" or not len(moments.ids_M):
-            return n.rows_NV.square().sum(1) * norm_N, n.rows_NV * norm_N[:, None]
-        steps = moments.t + 1
-        gains, ws = [], []
-        size = max(1, CHUNK // max(1, n.ids_NV.shape[1] * n.hidden_ND.shape[1]))
-        for rows_CV, ids_CV, hidden_CD in zip(
-            *(x.split(size) for x in (n.rows_NV, n.ids_NV, n.hidden_ND)), strict=True
-        ):
-            g_CVD = rows_CV[..., None] * hidden_CD[:, None, :]
-            first_CVD, second_CVD = moments.look(ids_CV)
-            first_CVD = (self.beta1 * first_CVD + (1 - self.beta1) * g_CVD) / (1 - self.beta1**steps)
-            second_CVD = (self.beta2 * second_CVD + (1 - self.beta2) * g_CVD.square()) / (1 - self.beta2**steps)
-            u_CVD = first_CVD / (second_CVD.sqrt() + self.eps)
-            gains.append((g_CVD * u_CVD).sum((1, 2)))
-            ws.append((u_CVD * hidden_CD[:, None, :]).sum(2))
-        return torch.cat(gains), torch.cat(ws)
-
     def after_step(self, b: Batch, ctx: Ctx) -> None:
         """Move the moments: once per step, by each id's mean gradient over the kept tokens that had it in their
         top-k.
         """
         if self.model == "sgd":
             return
-        n = self.tokens(b)
-        ids_M, at_NV = n.ids_NV.unique(return_inverse=True)
-        token_NV = torch.arange(len(n.adv_N), device=at_NV.device)[:, None].expand_as(at_NV)
-        places = torch.stack([at_NV.flatten(), token_NV.flatten()])
-        sums = torch.sparse_coo_tensor(places, n.rows_NV.flatten(), (len(ids_M), len(n.adv_N)), check_invariants=False)
-        count_M = torch.bincount(at_NV.flatten(), minlength=len(ids_M))
-        mean_MD = torch.sparse.mm(sums, n.hidden_ND) / count_M[:, None]
-        moments = Moments.of(ctx.state(self), n.hidden_ND).stepped(ids_M, mean_MD, self.beta1, self.beta2)
-        ctx.state(self).update(moments.state())
+        moments = Moments.of(ctx.state(self), b["hidden_now_BTD"][0])
+        ids_M, mean_MD = moments.ids_M[:0], moments.first_MD[:0]
+        if b.mask_BT.any():
+            n = Tokens(*(torch.cat(x) for x in zip(*self.tokens(b), strict=True)))
+            ids_M, mean_MD = mean_gradient(n)
+        ctx.state(self).update(moments.stepped(ids_M, mean_MD, self.beta1, self.beta2).state())
+
+
+def mean_gradient(n: Tokens) -> tuple[Tensor, Tensor]:
+    """(ids in the top-k of any token, mean over the tokens that have it of its gradient): [M], [M, D]."""
+    count_V = torch.bincount(n.ids_NV.flatten())
+    ids_M = count_V.nonzero().squeeze(1)
+    at_NV = Places.of(ids_M)(n.ids_NV)
+    token_NV = torch.arange(len(at_NV), device=at_NV.device)[:, None].expand_as(at_NV)
+    entries_2I = torch.stack([at_NV.flatten(), token_NV.flatten()])
+    size = len(ids_M), len(at_NV)
+    sums_MN = torch.sparse_coo_tensor(entries_2I, n.rows_NV.flatten(), size, check_invariants=False)
+    return ids_M, torch.sparse.mm(sums_MN, n.hidden_ND) / count_V[ids_M][:, None]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy_opt import Batch, Ctx
+from policy_opt import Batch, Ctx, curvature
 from policy_opt.advantages import GroupNorm
 from policy_opt.curvature import Curvature, Moments
 from tests.policy_opt.test_token_credit import B, D, T, V, assert_same_step, get, quick, random_batch, seeds, stream
@@ -62,14 +62,14 @@ def test_the_moments_are_those_of_adam_on_the_head():
         found = part(b, ctx)
         if seed:
             # u is what Adam would do: <g, u> from its own formula.
-            (n,) = [part.tokens(b)]
+            (n,) = part.tokens(b)
             g_VD = n.rows_NV[0][:, None] * n.hidden_ND[0]
             m_VD, s_VD = state.look(n.ids_NV[0])
             m_VD, s_VD = (0.9 * m_VD + 0.1 * g_VD) / (1 - 0.9 ** (seed + 1)), 0.999 * s_VD + 0.001 * g_VD.square()
             u_VD = m_VD / ((s_VD / (1 - 0.999 ** (seed + 1))).sqrt() + 1e-8)
             assert float(found["gain_BT"].sum()) == pytest.approx(float((g_VD * u_VD).sum()))
         part.after_step(found, ctx)
-        n = part.tokens(b)
+        (n,) = part.tokens(b)
         weight.grad = torch.zeros_like(weight).index_copy_(0, n.ids_NV[0], n.rows_NV[0][:, None] * n.hidden_ND[0])
         adam.step()
     state, theirs = ctx.state(part), adam.state[weight]
@@ -87,3 +87,23 @@ def test_rows_of_the_head_without_a_gradient_keep_their_moments():
     assert after.second_MD[:, 0].tolist() == pytest.approx([1, 0.004, 1.003])
     empty = after.stepped(torch.zeros(0, dtype=torch.long), torch.zeros(0, D), 0.9, 0.999)
     assert empty.t == 6 and torch.equal(empty.first_MD, after.first_MD)
+
+
+@quick
+@given(seed=seeds, model=st.sampled_from(["sgd", "adam"]))
+def test_how_many_tokens_are_held_at_once_changes_nothing(seed, model):
+    found = []
+    for held in (1, 7, curvature.CACHED):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(curvature, "CACHED", held)
+            part, ctx = Curvature(model=model, lr=0.1, tau_f=0.01, tau_h=0.0), Ctx()
+            for _ in range(2):
+                b = GroupNorm(1e-4)(random_batch(seed), Ctx())
+                part.after_step(part(b, ctx), ctx)
+            found.append((part(b, ctx), ctx.state(part)))
+    (one, moved), *others = found
+    for b, state in others:
+        for name in part.writes | {"mask_BT"}:
+            torch.testing.assert_close(b[name], one[name])
+        for name in moved:
+            torch.testing.assert_close(state[name], moved[name])
