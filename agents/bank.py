@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from agents import optim
+from agents import lora, optim
 from agents.config import OptimConfig
 from agents.critic import Critic, trunk_of
 from agents.dist import World
@@ -36,7 +36,9 @@ class Member:
     steps: int = 0
     """Optimizer steps so far."""
     shares: bool | None = None
-    """Whether it can compute an opening once for several rows; None: not tried yet."""
+    """Whether it can compute an opening once for several padded rows; None: not tried yet."""
+    packs: bool | None = None
+    """Whether it can take rows end to end; None: not tried yet."""
 
     def rate(self) -> float:
         """Learning rate of the next step, warm-up included."""
@@ -79,6 +81,7 @@ class Bank:
 
     def __init__(self, policy: Any, config: OptimConfig):
         self.config = optim.resolved(config, policy)
+        self.base = lora.frozen(policy)
         self.members: dict[str, Member] = {
             "policy": Member(policy, self.config, optim.build(policy, self.config))
         }
@@ -109,9 +112,9 @@ class Bank:
     def _build(self, name: str, spec: ModelSpec) -> Member:
         policy = self.policy.model
         if spec.role == "critic":
-            model: Any = Critic(policy)
+            model: Any = Critic(policy, self.base)
         elif spec.role == "copy" and spec.source == "policy":
-            model = copy.deepcopy(policy)
+            model = lora.twin(policy, self.base)
         elif spec.role in ("copy", "teacher", "reward"):
             from agents.models import load_model
 
@@ -124,6 +127,11 @@ class Bank:
         own = _merged(spec.optimizer, self.config)
         return Member(model, own, optim.build(model, own, spec.optimizer), spec, spec.optimizer)
 
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Of the base weights under adapters, which never change; None where all weights are trained."""
+        return lora.fingerprint(self.policy.model) if self.base else None
+
     @torch.no_grad()
     def sync(self, name: str, decay: float) -> None:
         """Model `name` becomes decay * itself + (1 - decay) * policy; of a critic, its trunk."""
@@ -131,13 +139,16 @@ class Bank:
         if isinstance(target, Critic):
             target, source = target.trunk, trunk_of(source)
         for old, new in zip(target.parameters(), source.parameters(), strict=True):
+            if old is new:  # a base weight under adapters
+                continue
             old.copy_(new) if decay == 0 else old.mul_(decay).add_(new, alpha=1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer states and counters of every model."""
+        """Weights, optimizer states and counters of every model; of base weights under adapters their fingerprint."""
         return {
             name: {
-                "model": dict(m.model.state_dict()),
+                "model": {n: t.detach() for n, t in lora.own_state(m.model, self.base).items()},
+                "base": self.fingerprint if name == "policy" else None,
                 "optimizer": optim.state_of(m.optimizer, m.model) if m.optimizer is not None else None,
                 "steps": m.steps,
             }
@@ -146,13 +157,16 @@ class Bank:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; RecipeError where the names differ, CheckpointError where tensors do."""
-        from agents.checkpoint import load_model
+        from agents.checkpoint import CheckpointError, load_tensors
 
         if state.keys() != self.members.keys():
             raise RecipeError(f"the state holds models {sorted(state)}, the run {sorted(self.members)}")
+        if state["policy"].get("base") != self.fingerprint:
+            raise CheckpointError("the adapters belong to another base model, or its weights have changed since")
         for name, entry in state.items():
             member = self.members[name]
-            load_model(member.model, entry["model"], f"model `{name}` of the checkpoint")
+            own = lora.own_state(member.model, self.base)
+            load_tensors(own, entry["model"], f"model `{name}` of the checkpoint")
             if member.optimizer is not None:
                 optim.restore(member.optimizer, member.model, entry["optimizer"])
             member.steps = entry["steps"]

@@ -209,9 +209,9 @@ def _way_out(path: Path) -> str:
     return f"; to go on from the one before it, give --from-step {older[-1]}"
 
 
-def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Copy weights into a model; CheckpointError names the first tensor that does not fit."""
-    own = model.state_dict()
+@torch.no_grad()
+def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copy saved tensors into a model's own, in place; CheckpointError names the first one that does not fit."""
     for name in own.keys() | state.keys():
         if name not in state or name not in own:
             side = "model" if name in own else "checkpoint"
@@ -221,4 +221,5 @@ def load_model(model: torch.nn.Module, state: Mapping[str, Tensor], path: Path |
                 f"{path} is of another model: `{name}` is {tuple(state[name].shape)} there, "
                 f"{tuple(own[name].shape)} here"
             )
-    model.load_state_dict(dict(state))
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

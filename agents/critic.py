@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from agents import lora
 
 
 class Critic(nn.Module):
     """Values of the states *before* each token, from a trunk of its own that starts as a copy of the policy's.
 
     The head starts at zero, so that the first values are 0 whatever the trunk says.
+
+    Args:
+        base: identities of base weights under adapters, which the trunk shares with the policy.
     """
 
-    def __init__(self, policy: Any):
+    def __init__(self, policy: Any, base: frozenset[int] = frozenset()):
         super().__init__()
-        trunk = trunk_of(policy)
-        self.trunk = copy.deepcopy(trunk)
+        self.trunk = lora.twin(trunk_of(policy), base)
         weight = next(self.trunk.parameters())
         width = policy.get_output_embeddings().weight.shape[1]
         self.head = nn.Linear(width, 1, device=weight.device, dtype=weight.dtype)

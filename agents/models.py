@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from agents import lora
 from agents.cli import UsageError
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -79,8 +80,13 @@ def _from_transformers(place: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of all weights, by name: equal for equal models, whatever file they came from."""
+    return digest_of(model.state_dict())
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -98,8 +104,8 @@ def is_tiny(model: nn.Module) -> bool:
 
 
 def export(model: Any, tokenizer: Any, folder: Path, card: Iterable[str] = ()) -> None:
-    """`save_pretrained` of model and tokenizer, readable by any transformers program."""
+    """`save_pretrained` of model and tokenizer, readable by any transformers program; adapters are merged."""
     _quiet()
-    model.save_pretrained(folder)
+    (lora.merged(model) if lora.layers(model) else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")

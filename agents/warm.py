@@ -13,6 +13,8 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from agents import lora
+from agents.checkpoint import load_tensors
 from agents.config import OptimConfig, WarmConfig
 from agents.dist import World
 from agents.forward import Convention
@@ -54,7 +56,7 @@ def warm_start(
     """Imitate the ledgers, or load what the same call gave before; returns `trained` or `cached`."""
     file = cache_folder() / "warm" / f"{cache_key(model, ledgers, config, convention, seed)}.safetensors"
     if world.from_main(config.cache and file.is_file()):
-        model.load_state_dict(load_file(file))
+        load_tensors(lora.own_state(model, lora.frozen(model)), load_file(file), file)
         return "cached"
     learner = LMLearner(
         model, OptimConfig(lr=config.lr, beta2=0.98, weight_decay=0.01),
@@ -82,7 +84,8 @@ def _keep(model: nn.Module, file: Path) -> None:
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, beside)
+        own = lora.own_state(model, lora.frozen(model))
+        save_file({k: v.detach().contiguous() for k, v in own.items()}, beside)
         os.replace(beside, file)
     except Exception:
         beside.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from agents.engines.plan import Plan
 from agents.engines.slots import Slots
+from agents.lora import weight_of
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _ROPES = ("default", "linear", "llama3", "yarn")  # a function of the position alone
@@ -72,7 +73,7 @@ class DenseForward:
             return False
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
         linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        plain = all(type(m) is nn.Linear for m in linears) and not hasattr(model, "peft_config")
+        plain = all(type(m) is nn.Linear for m in linears)
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         # In float64 the models' own norms work in float32; the same numbers need the models' own code.
         single = model.dtype == torch.float32
@@ -92,7 +93,7 @@ class DenseForward:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         order = self._paired(projections[0].weight.device)
         rotated = (self.heads + self.kv_heads) * self.head_dim
-        qkv = torch.cat([p.weight.detach() for p in projections]) * before
+        qkv = torch.cat([_weight(p) for p in projections]) * before
         qkv[:rotated] = qkv[:rotated].view(-1, self.head_dim, qkv.shape[1])[:, order].reshape(rotated, -1)
         bias = None
         if projections[0].bias is not None:
@@ -109,9 +110,8 @@ class DenseForward:
             if bias is not None:
                 bias[: self.heads * self.head_dim] *= scale
         return Layer(
-            qkv=qkv, qkv_bias=bias, head_norm=norm, out=attention.o_proj.weight.detach().t(),
-            gate=mlp.gate_proj.weight.detach() * after, up=mlp.up_proj.weight.detach() * after,
-            down=mlp.down_proj.weight.detach().t(),
+            qkv=qkv, qkv_bias=bias, head_norm=norm, out=_weight(attention.o_proj).t(),
+            gate=_weight(mlp.gate_proj) * after, up=_weight(mlp.up_proj) * after, down=_weight(mlp.down_proj).t(),
         )  # fmt: skip
 
     def _paired(self, device: torch.device) -> Tensor:
@@ -139,6 +139,11 @@ class DenseForward:
         x = torch.addmm(x, seen.reshape(n, -1), layer.out)
         h = _normed(x, self.eps)
         return torch.addmm(x, F.silu(F.linear(h, layer.gate), inplace=True).mul_(F.linear(h, layer.up)), layer.down)
+
+
+def _weight(layer: Any) -> Tensor:
+    """A projection's weight as it acts: with its adapter's product, where it has one."""
+    return weight_of(layer).detach()
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:

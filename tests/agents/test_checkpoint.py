@@ -113,9 +113,9 @@ def test_foreign_checkpoints_are_refused(tmp_path):
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     with pytest.raises(C.CheckpointError, match=r"`weight` is \(2, 3\) there, \(3, 2\) here"):
-        C.load_model(torch.nn.Linear(2, 3, bias=False), {"weight": torch.ones(2, 3)}, tmp_path)
+        C.load_tensors(torch.nn.Linear(2, 3, bias=False).state_dict(), {"weight": torch.ones(2, 3)}, tmp_path)
     with pytest.raises(C.CheckpointError, match="`bias` is only in the model"):
-        C.load_model(torch.nn.Linear(2, 3), {"weight": torch.ones(3, 2)}, tmp_path)
+        C.load_tensors(torch.nn.Linear(2, 3).state_dict(), {"weight": torch.ones(3, 2)}, tmp_path)
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_rubbish(tmp_path):

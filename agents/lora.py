@@ -1,0 +1,176 @@
+"""Low-rank adapters through peft: only they are trained; the base weights stand once for all models made from a policy.
+
+The adapters are injected into the model's own linear layers, so that the model keeps its class: trunk, head and
+everything that works on the plain model works on the adapted one. A layer with weight W answers with
+W + (alpha / rank) B A; B starts at zero, so that at first nothing changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from agents.cli import UsageError, nearest
+from agents.config import LoraConfig
+
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+
+
+def adapt(model: Any, config: LoraConfig, seed: int) -> None:
+    """Freeze the model and give its layers adapters, in place; their start is a function of the seed and the layer.
+
+    Raises UsageError where peft is missing or a target is no linear layer of the model.
+    """
+    peft = _import_peft()
+    targets, heads = _targets(model, config.targets)
+    wanted = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,
+        target_modules=targets, exclude_modules=heads or None, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices):  # peft draws from the global generators
+        peft.inject_adapter_in_model(wanted, model, adapter_name=ADAPTER)
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            start, draw = layer.lora_A[ADAPTER].weight, _generator(seed, name)
+            start.copy_(nn.init.kaiming_uniform_(torch.empty(start.shape), a=math.sqrt(5), generator=draw))
+
+
+def check(config: LoraConfig) -> None:
+    """UsageError where options of adapters are given, but no adapters are asked for."""
+    if not config.rank and (config.alpha is not None or config.targets):
+        raise UsageError("--lora.alpha and --lora.targets say what adapters are like: give --lora.rank, too")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/lora/{name}".encode(), digest_size=6).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _targets(model: Any, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Last names of the layers that get adapters, and the full names of heads, which get none."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head]
+    known = sorted({name.rpartition(".")[2] for name in linear.difference(heads)})
+    for name in wanted:
+        if name in {head.rpartition(".")[2] for head in heads}:
+            raise UsageError(f"--lora.targets {name}: the language-model head gets no adapter")
+        if name not in known:
+            raise UsageError(
+                f"--lora.targets: no linear layer is called `{name}`{nearest(name, known)}; "
+                f"there are: {', '.join(known)}"
+            )
+    return sorted(wanted or known), heads
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UsageError("adapters need peft: pip install 'palaestra[lora]'") from error
+    return peft
+
+
+# ---------------------------------------------------------------------- what an adapted model is made of
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """The layers with adapters, by the name that the plain layer had; empty for a model without any."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+
+
+def weight_of(layer: Any) -> Tensor:
+    """A linear layer's weight, its adapter's product added where it has one; the layer's own tensor where not."""
+    if not hasattr(layer, "base_layer"):
+        return layer.weight
+    base = layer.base_layer.weight
+    return base + layer.get_delta_weight(ADAPTER).to(base.dtype)
+
+
+def frozen(model: nn.Module) -> frozenset[int]:
+    """Identities of the base weights under adapters: parameters and buffers that are never trained."""
+    if not layers(model):
+        return frozenset()
+    tensors = (*model.parameters(), *model.buffers())
+    return frozenset(id(t) for t in tensors if not t.requires_grad)
+
+
+def own_state(model: nn.Module, base: frozenset[int]) -> dict[str, Tensor]:
+    """State by name, without the base weights of `base`."""
+    return {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in base}
+
+
+def twin(module: Any, base: frozenset[int]) -> Any:
+    """A deep copy that shares the base weights: of an adapted model only the adapters are copied."""
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(t): t for t in tensors if id(t) in base})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the base weights by name: what the adapters belong to."""
+    from agents.models import digest_of
+
+    base = frozen(model)
+    return digest_of({name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) in base})
+
+
+# ---------------------------------------------------------------------- for others to use
+
+
+def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the plain model that computes the same, layer by layer; nothing is kept in memory."""
+    adapted = layers(model)
+    for name, tensor in model.state_dict().items():
+        path, _, leaf = name.rpartition(".base_layer.")
+        if path in adapted:
+            yield f"{path}.{leaf}", weight_of(adapted[path]).detach() if leaf == "weight" else tensor
+        elif not any(part in ("lora_A", "lora_B") for part in name.split(".")):
+            yield name, tensor
+
+
+def merged(model: Any) -> Any:
+    """A plain model that computes the same; whatever has no adapter is shared with `model`."""
+    everything = (*model.parameters(), *model.buffers())
+    plain = copy.deepcopy(model, {id(t): t for t in everything})
+    for name, layer in layers(plain).items():
+        base = layer.base_layer
+        base.weight = nn.Parameter(weight_of(layer).detach(), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, base)
+    del plain.peft_config
+    return plain
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors under the names that peft's files have."""
+    out = {}
+    for name, layer in layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            out[f"base_model.model.{name}.{part}.weight"] = getattr(layer, part)[ADAPTER].weight.detach()
+    return out
+
+
+def save(model: Any, folder: Path, base: str | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """An adapter folder as peft and vLLM read it; `base` names the model it belongs to.
+
+    tensors: `adapter_state` of before, where it was gathered elsewhere.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.peft_config[ADAPTER])
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
+    state = adapter_state(model) if tensors is None else tensors
+    plain = {name: t.to("cpu", copy=True).contiguous() for name, t in state.items()}
+    save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})
