@@ -1,9 +1,10 @@
 """Golden numbers against the shipped recipes: `python -m policy_opt.conformance FILE.json ...`.
 
 Every case of a vector file is driven through the recipe's own parts and compared elementwise, |a - b| <= 1e-6
-|b| + 1e-9 (what is no number: equal). Prints the largest error per output and exits 1 on a miss. An
-optimizer is driven over the case's gradients. Any other method is looked up in the entry-point group
-`palaestra.conformance`: a function (inputs, params) -> outputs.
+|b| + 1e-9 (what is no number: equal). Prints the largest error per output and exits 1 on a miss. Outputs that a
+specification declares to be sentences, not results, are shown instead. An optimizer is driven over the case's
+gradients. Any other method is looked up in the entry-point group `palaestra.conformance`: a function (inputs,
+params) -> outputs.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class Miss(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A file's largest error per output, and its misses."""
+    """A file's largest error per output, its misses, and what it says in words."""
 
     method: str
     cases: int
     errors: dict[str, float]
     misses: list[Miss]
+    said: list[tuple[str, str, str]]
+    """(case, output, sentence): not compared."""
 
 
 def subject(method: str) -> Subject:
@@ -82,6 +85,11 @@ def drive(
             {name: plain(mapping[name](trace)) for name in wanted if name in mapping and name not in found}
         )
     return found
+
+
+def sentences(method: str) -> frozenset[str]:
+    """Outputs that the method's specification declares to be sentences."""
+    return frozenset(name for recipe in recipes_of(method) if recipe.vectors for name in recipe.vectors.sentences)
 
 
 def plain(value: Any) -> Any:
@@ -132,8 +140,12 @@ def compare(content: Mapping[str, Any]) -> Comparison:
     compute = subject(method)
     errors: dict[str, float] = {}
     misses: list[Miss] = []
+    said: list[tuple[str, str, str]] = []
+    declared = sentences(method)
     for case in content["cases"]:
-        expected = case["outputs"]
+        words = {k: v for k, v in case["outputs"].items() if k in declared and isinstance(v, str)}
+        said += [(case["name"], output, text) for output, text in words.items()]
+        expected = {k: v for k, v in case["outputs"].items() if k not in words}
         try:
             found = compute(case["inputs"], case.get("params", {}), tuple(expected))
         except ValueError as error:
@@ -147,7 +159,7 @@ def compare(content: Mapping[str, Any]) -> Comparison:
             errors[name] = max(errors.get(name, 0.0), gap)
             if reason:
                 misses.append(Miss(case["name"], name, reason))
-    return Comparison(method, len(content["cases"]), errors, misses)
+    return Comparison(method, len(content["cases"]), errors, misses, said)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -167,6 +179,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{Path(name).name}: {result.method}, {result.cases} cases, {verdict}")
         for output, gap in result.errors.items():
             print(f"  {output:<28} largest error {gap:.1e}")
+        for case, output, text in result.said:
+            print(f"  not compared {case}: {output} says {text!r}")
         for miss in result.misses:
             print(f"  MISS {miss.case}: {miss.output} {miss.reason}")
         status |= bool(result.misses)

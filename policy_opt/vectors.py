@@ -64,6 +64,9 @@ class Vectors:
     """The inputs with rows that are trajectories, where the file has another layout: values are only moved."""
     prime: Callable[[Trace], None] | None = None
     """Puts a case's stored state where the recipe keeps it."""
+    sentences: frozenset[str] = frozenset()
+    """Outputs that the specification declares to be a sentence about the case. A text there is shown, not compared;
+    every other output, text or not, must be computed."""
 
 
 def aggregation(recipe: Recipe, name: str) -> Recipe:

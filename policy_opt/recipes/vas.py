@@ -112,6 +112,7 @@ recipe: Recipe = GRPO.replace(
         adapt=lambda recipe, _: recipe.set("curriculum.order.weights=minmax"),
         columns={"tokens": ("tokens_BT",), "correct": ("correct_B",)},
         stages=(),
+        sentences=frozenset({"required_behaviour"}),
         outputs={
             "pass_rate": lambda t: rating(t).pass_rate_Q,
             "ovs": lambda t: rating(t).ovs_Q,

@@ -207,6 +207,27 @@ def test_command_names_a_miss_and_exits_1(tmp_path, capsys, change, said):
     assert said in capsys.readouterr().out
 
 
+def test_a_declared_sentence_is_shown_and_nothing_else_escapes(capsys, tmp_path):
+    """vas: `required_behaviour` is a sentence. A number there, or a sentence elsewhere, is a miss."""
+    flat = {"vps": [0.2] * 4, "previous_weights": None}
+    params = {"momentum": 0.0, "minmax_eps": 1e-8}
+    none = [0.0] * 4
+    uniform = {"paper_sampling_probability": [0.25] * 4, "weights_minmax": none, "weights_after_momentum": none}
+
+    def said(**words) -> int:
+        case = {"name": "flat", "inputs": flat, "params": params, "outputs": {**uniform, **words}}
+        path = tmp_path / "vas.json"
+        path.write_text(json.dumps({"method": "vas", "cases": [case]}))
+        return conformance.main([str(path)])
+
+    assert said(required_behaviour="draw uniformly") == 0
+    out = capsys.readouterr().out
+    assert "not compared flat: required_behaviour says 'draw uniformly'" in out
+    assert "required_behaviour  " not in out
+    assert said(required_behaviour=1.0) == 1 and said(other="draw uniformly") == 1
+    assert "other is not computed" in capsys.readouterr().out
+
+
 def test_command_on_unusable_files(tmp_path, capsys):
     unknown = altered(tmp_path, lambda c: c.update(method="grop"))
     assert conformance.main([unknown]) == 1
