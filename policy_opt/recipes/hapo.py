@@ -77,7 +77,9 @@ class EntropyPlace(Part):
     writes = frozenset({"place_BT"})
 
     def statistics(self, entropy_N: Tensor) -> Tensor:
-        """(median, std, scale_pos, scale_neg) of N > 0 entropies, in the logarithm."""
+        """(median, std, scale_pos, scale_neg) of N entropies, in the logarithm; of none, zeros: h is 0."""
+        if not entropy_N.numel():
+            return entropy_N.new_zeros(4)
         log_N = log(entropy_N)
         rank = round(self.pivot * (log_N.numel() - 1))
         median = log_N.kthvalue(rank + 1).values

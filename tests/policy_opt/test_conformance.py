@@ -200,6 +200,8 @@ def altered(tmp_path, change) -> str:
         (lambda c: c["cases"][0]["params"].update(clip_epz=1.0), "did you mean `clip_eps`"),
         (lambda c: c["cases"][0]["params"].update(loss_agg="sum"), "none of seq-mean-token-mean"),
         (lambda c: c["cases"][0]["params"].update(clip_eps=-1.0), "widths >= 0"),
+        (lambda c: c["cases"][0]["inputs"].update(rewards=None), "MISS no_kl: the case"),
+        (lambda c: c["cases"][0]["inputs"].update(mask=[[1]]), "MISS no_kl: the case"),
     ],
 )
 def test_command_names_a_miss_and_exits_1(tmp_path, capsys, change, said):
@@ -296,6 +298,28 @@ def test_edge_cases_of_the_specifications():
         "overlong_penalty": [-2.0], "shaped_rewards": [1.0], "group_keep": [0.0], "advantages": [0.0],
         "loss": 0.0,
     }  # fmt: skip
+
+
+def rows_of_tokens(case: dict) -> bool:
+    mask = case["inputs"].get("mask")
+    return bool(mask) and nested(mask)
+
+
+@pytest.mark.parametrize("method", [m for m in OURS if rows_of_tokens(CONTENT[m]["cases"][0])])
+def test_with_every_mask_empty_all_is_finite_and_nothing_is_pulled(method):
+    for case in filter(rows_of_tokens, CONTENT[method]["cases"]):
+        mask = [[0] * len(row) for row in case["inputs"]["mask"]]
+        found = outputs(method, {**case["inputs"], "mask": mask}, case["params"], *case["outputs"])
+        for name, value in found.items():
+            assert all(abs(x) < 1e300 for x in numbers(value)), name
+            assert "grad" not in name or not any(numbers(value)), name
+
+
+def numbers(value) -> list[float]:
+    """Every number in nested lists and dicts."""
+    if isinstance(value, list | dict):
+        return [x for item in (value.values() if isinstance(value, dict) else value) for x in numbers(item)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def test_otc_without_any_correct_rollout():
