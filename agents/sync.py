@@ -50,6 +50,8 @@ class Receiver(Protocol):
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Log-prob of each id of a row given those before it, all but the first, at temperature 1, nothing banned.
 
+        An engine that has several copies of the weights appends what each of them says.
+
         Raises EngineFailure.
         """
         ...
@@ -74,16 +76,16 @@ class Verifier:
 
     def check(self, ours: Tensor, theirs: Tensor) -> tuple[float, str]:
         """The largest difference, and what is wrong (empty: nothing)."""
-        gap, mean = float((theirs - ours).abs().max()), float((theirs - ours).abs().mean())
+        gap, mean = float((theirs - ours).abs().max()), float((theirs - ours).abs().mean(-1).max())
         if not gap <= self.limit:
-            return gap, f"log-probs of the probe differ by {gap:.3g} from the trainer's, at most {self.limit:g} is rounding"
+            return gap, f"log-probs of the probe are {gap:.3g} off the trainer's; at most {self.limit:g} is rounding"
         noise = mean if self.noise is None else self.noise
         for when, before in self.anchors.items():
             moved = float((ours - before).abs().mean())
             if moved > _CLEAR * noise and mean > _LAG * moved:
                 return gap, (
-                    f"log-probs of the probe moved by {moved:.3g} on average since the {when} sync, and the engine's are "
-                    f"still {mean:.3g} away (rounding: {noise:.3g})"
+                    f"log-probs of the probe moved by {moved:.3g} on average since the {when} sync, and the engine's "
+                    f"are still {mean:.3g} away (rounding: {noise:.3g})"
                 )
         self.noise = noise
         self.anchors = {"first": self.anchors.get("first", ours), "last": ours}
@@ -111,7 +113,7 @@ class WeightSync:
         problem = self._follow(version)
         problems = [f"process {rank}: {p}" for rank, p in enumerate(self.world.gather(problem)) if p]
         if problems:
-            raise EngineFailure(problem or problems[0])
+            raise EngineFailure(problem or problems[0], everywhere=True)
 
     def _follow(self, version: int) -> str:
         """Deliver and verify; what went wrong, or nothing."""
@@ -123,7 +125,7 @@ class WeightSync:
                 self.engine.deliver(self.model, version)
                 self.seconds += time.monotonic() - began
                 self.delivered = self.engine.version = version
-            theirs = torch.tensor(self.engine.log_probs(self.probe), dtype=torch.float64)
+            theirs = torch.tensor(self.engine.log_probs(self.probe), dtype=torch.float64).view(-1, len(ours))
         except EngineFailure as error:
             return str(error)
         self.gap, wrong = self.verifier.check(ours, theirs)
@@ -157,7 +159,8 @@ def write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
     state.pop(f"{name}.weight" if tied else "", None)
     model.save_pretrained(folder, state_dict=state, max_shard_size="1000GB")
     if tied:
-        save_file({f"{name}.weight": head.weight.detach().to(dtype, copy=True).contiguous()}, folder / "head.safetensors")
+        own = head.weight.detach().to(dtype, copy=True).contiguous()
+        save_file({f"{name}.weight": own}, folder / "head.safetensors")
     _note(folder / "config.json", dtype, tied)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from agents import cli
 from agents.cli import UsageError
 from agents.config import TrainConfig
+from agents.launcher import again, launched, refuse_second
 
 if TYPE_CHECKING:  # the command line answers before torch and transformers are loaded
     from agents.display import Display
@@ -22,7 +23,9 @@ if TYPE_CHECKING:  # the command line answers before torch and transformers are 
     from agents.trainer import Interrupted, Trainer
 
 MODULE = "agents.train"
-MAY_CHANGE = frozenset({"steps", "eval", "save", "resume", "from_step", "dry_run", "json", "plain"})
+MAY_CHANGE = frozenset(
+    {"steps", "eval", "save", "resume", "from_step", "dry_run", "json", "plain", "processes", "peer_timeout_s"}
+)
 """What a resumed run takes from the command line; anything else would make it another run."""
 
 
@@ -33,6 +36,7 @@ def resolve(argv: Sequence[str]) -> TrainConfig:
         config = cli.parse(TrainConfig, argv, f"python -m {MODULE}")
         if config.from_step is not None:
             raise UsageError("--from-step names a checkpoint of a run to go on with: give --resume RUN as well")
+        refuse_second(config.processes)
         return dataclasses.replace(config, processes=config.processes or default_processes(config))
     from agents.runfolder import read_json
 
@@ -45,13 +49,15 @@ def resolve(argv: Sequence[str]) -> TrainConfig:
                 f"a resumed run keeps its configuration: `{field.name}` was {old!r} and cannot become {new!r}. "
                 f"Start a new run, or leave the option out"
             )
+    refuse_second(config.processes if config.processes != saved.processes else None)
     return config
 
 
 def default_processes(config: TrainConfig) -> int:
     """Two where each can have a core and the model is small enough to gain by it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 2 if config.model == "bundled" and cores >= 2 and "RANK" not in os.environ else 1
+    alone = config.engine != "hf" or "RANK" in os.environ  # an engine of its own per process would not be faster
+    return 2 if config.model == "bundled" and cores >= 2 and not alone else 1
 
 
 def _value_of(option: str, argv: Sequence[str]) -> str | None:
@@ -66,20 +72,29 @@ def _value_of(option: str, argv: Sequence[str]) -> str | None:
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit code."""
     config = resolve(argv)
-    from agents.dist import World, launched
+    from agents.dist import World, lost
 
     with launched(MODULE, argv, config.processes or 1):
-        world = World.start(config.dtype == "bfloat16")
+        world = None
         try:
+            world = World.start(config.dtype == "bfloat16", config.peer_timeout_s)
             return _run(config, world)
+        except RuntimeError as error:
+            if (gone := lost(error, world)) is None:
+                raise
+            if world is None or world.speaks:
+                print(f"error: {gone}{world.advice if world else ''}", file=sys.stderr)
+            return 1
         finally:
-            world.close()
+            if world is not None:
+                world.close()
 
 
 def _run(config: TrainConfig, world: World) -> int:
     from safetensors import SafetensorError
 
     from agents.display import choose
+    from agents.engines.base import EngineFailure
     from agents.session import build
     from agents.trainer import Interrupted, Trainer
 
@@ -94,19 +109,23 @@ def _run(config: TrainConfig, world: World) -> int:
             text = estimate(session)
             print(text) if world.main else None
             return 0
-        folder = open_folder(config, session) if world.main else None
+        folder, path = _folder_of(config, session, world)
+        world.advice = f"; go on from the last checkpoint with: {again(MODULE, path)}"
         trainer = Trainer(session, folder, display)
         try:
             if config.resume:
-                trainer.restore(world.from_main(_checkpoint_of(config, display) if world.main else None))
+                trainer.restore(world.on_main(lambda: _checkpoint_of(config, display)))
             summary = trainer.run()
         except Interrupted as stop:
             return _interrupted(stop, folder, display)
+        except EngineFailure as error:
+            if world.main or not error.everywhere:
+                print(f"error: {error}\ngo on with: {again(MODULE, path)}", file=sys.stderr)
+            return 1
         except (OSError, SafetensorError) as error:  # a full disk, most likely; checkpoints are whole or absent
             if folder is None:
                 raise
-            again = f"python -m {MODULE} --resume {folder.path}"
-            print(f"error: {error}\nwhen there is room again: {again}", file=sys.stderr)
+            print(f"error: {error}\nwhen there is room again: {again(MODULE, path)}", file=sys.stderr)
             return 1
         finally:
             if folder is not None:
@@ -114,6 +133,18 @@ def _run(config: TrainConfig, world: World) -> int:
     if world.main:
         _report(summary, trainer, config)
     return 0
+
+
+def _folder_of(config: TrainConfig, session: Session, world: World) -> tuple[RunFolder | None, Path]:
+    """The run's folder on the process that writes, and its path on all."""
+    opened: list[RunFolder] = []
+
+    def open_it() -> Path:
+        opened.append(open_folder(config, session))
+        return opened[0].path
+
+    path = world.on_main(open_it)
+    return (opened[0] if opened else None), path
 
 
 def open_folder(config: TrainConfig, session: Session) -> RunFolder:
@@ -151,7 +182,7 @@ def _checkpoint_of(config: TrainConfig, display: Display) -> Path | None:
 def _interrupted(stop: Interrupted, folder: RunFolder | None, display: Display) -> int:
     if folder is None:  # a helper process: its end is no failure
         return 0
-    display.note(f"stopped by {stop}; go on with:\n  python -m {MODULE} --resume {folder.path}")
+    display.note(f"stopped by {stop}; go on with:\n  {again(MODULE, folder.path)}")
     return 128 + stop.number
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,15 +13,21 @@ from policy_opt.protocols import Sampler
 Key = tuple[int, ...]
 """Name of a row, for instance (group, member). Order of admission and of results is the order of keys."""
 
-Stop = Literal["stop", "length", "context"]
-"""Why a turn ended: a stop token was sampled; its token budget was used up; the row's context is full."""
+Stop = str
+"""Why a turn ended. `stop`: a stop token was sampled; `length`: its token budget was used up; `context`: the row is
+full; `error:REASON`: it was lost on its way from a server, which ends the episode, counted as a failure."""
 
 
 class EngineFailure(RuntimeError):
     """An engine that cannot go on: its process or server is gone, or it does not hold the weights that it should.
 
     Ends the run with exit code 1; what to do stands in the message. The run goes on from its last checkpoint.
+    `everywhere`: all processes of the run raise it, so that one is enough to say so.
     """
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def stream(seed: Key) -> np.random.SeedSequence:
@@ -71,7 +77,8 @@ class Sampled:
     logps: tuple[float, ...]
     """Log-prob of each id, in nats."""
     stop: Stop
-    """Why the turn ended. `context` with no ids: the fed tokens left no room to sample a single one."""
+    """Why the turn ended. `context` with no ids: the fed tokens left no room to sample a single one; `error:...` has
+    none either."""
 
 
 @runtime_checkable

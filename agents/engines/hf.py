@@ -28,6 +28,7 @@ from agents.engines.sampling import banned_row, draw
 from agents.engines.slots import ATTENTION, Slots, attention_of
 from agents.ledger import common_prefix
 from policy_opt.protocols import Sampler
+from policy_opt.sampling import RULES
 
 _MIN_PREFIX = 16  # a shared prefix shorter than this is not worth a forward of its own
 _FED_TOKENS = 4096  # environment tokens per forward; bounds the attention mask's size
@@ -53,7 +54,10 @@ class HFEngine:
     Attributes:
         reuse: whether keys and values are kept between turns. Verified on this very model when the engine is
             built; if its attention cannot work from slots, every turn is computed anew, with a warning.
+        hooks: sampler rules that it serves: all.
     """
+
+    hooks = frozenset(RULES)
 
     def __init__(
         self,
