@@ -100,21 +100,28 @@ class VllmConfig:
     gap: Positive | None = None
     """Largest difference of log-probs that the check after each weight sync accepts; none: 1e-3 in float32, 0.25 in
     half precisions."""
+    merge: bool = False
+    """With --lora.rank: deliver whole weights with the adapters merged into them, instead of the adapters alone."""
+    exchange: str | None = None
+    """With servers: a folder that they see under the same name, where weights are written for them; none: this
+    machine's folder for temporary files."""
+    timeout_s: Positive = 600.0
+    """With servers: seconds that one turn may take."""
+    retries: Count = 3
+    """With servers: further attempts after a lost connection, a time-out or a refusal for load."""
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """Processes that step environments."""
+    """A process that steps environments."""
 
-    count: Count = 0
-    """How many; 0: environments live in this process, which is faster below a millisecond a step."""
     memory_gib: Positive = 2.0
-    """Memory that one may use; above it, it is ended and its episode fails."""
+    """GiB that it and the processes it starts may hold; above, it is ended and its episodes fail."""
     timeout_s: Positive = 60.0
-    """Seconds that a step or reset may take; after that the worker is ended and its episode fails."""
+    """Seconds that a step or reset may take; after that it is ended and its episodes fail."""
     ray: str | None = None
-    """Address of a Ray cluster (`auto`: the one that this machine belongs to) that runs the workers (extra `ray`);
-    none: processes of this machine."""
+    """Address of a Ray cluster (`auto`: the one that this machine belongs to) whose nodes run the workers (extra
+    `ray`); none: processes of this machine."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,14 @@ class AheadConfig:
     on: bool = False
     """Off: play, then learn; the reference."""
     correction: Literal["tis", "mis", "none"] = "tis"
-    """Importance weights pi_old / sampler: truncated at `cap`, masked outside [1 / cap, cap], or none."""
+    """Importance weights pi_old / sampler, per token where the loss is: truncated at `cap` (tis), masked outside
+    [1 / cap, cap] (mis), or none. A recipe that has some of its own keeps those."""
     cap: Positive = 2.0
-    """Of the importance weights."""
+    """Of the importance weights; at least 1."""
     staleness: Natural = 2
-    """Updates that a token's policy may be behind the one it trains; older trajectories are dropped and counted."""
+    """Iterations that a token's policy may be behind the one that learns from it. What is played ahead is 1 behind;
+    an episode that a token budget cut off and that went on later holds older tokens. Trajectories with a token beyond
+    this are dropped and counted."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +208,11 @@ class TrainConfig:
     update."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """The engine vllm."""
-    workers: WorkerConfig = field(default_factory=WorkerConfig)
-    """Processes that step environments."""
+    workers: Count = 0
+    """Processes that step environments, over all processes of the run; 0: environments live in the run's own, which
+    is faster below a millisecond a step."""
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    """Each of them."""
     ahead: AheadConfig = field(default_factory=AheadConfig)
     """Asynchronous rollouts."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -221,7 +234,11 @@ class TrainConfig:
     threads: Natural | None = None
     """Threads per process; none: 1 for tiny models (below 20 million parameters), else torch's choice."""
     processes: Natural | None = None
-    """Processes that share episodes and rows; none: 2 for the bundled model where there are two cores, else 1."""
+    """Processes of this machine that share episodes and rows; none: 2 for the bundled model where there are two cores,
+    else 1. Left out where accelerate launch starts them (docs/scaling.md)."""
+    peer_timeout_s: Positive = 1800.0
+    """Seconds that a process waits for the others before the run ends with an error; more than their rollouts may
+    differ by."""
     run: str | None = None
     """Folder of the run; none: a new one under `runs`."""
     runs: str = "runs"

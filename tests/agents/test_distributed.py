@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 
 from agents import cli
 from agents.config import OptimConfig, SaveConfig
-from agents.dist import World, _free_port
+from agents.dist import World
+from agents.launcher import free_port
 from agents.forward import Convention
 from agents.learner import LMLearner
 from policy_opt.bank import CRITIC
@@ -60,7 +61,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.start_processes(worker, (_free_port(), str(tmp_path)), nprocs=2, start_method="fork")
+    mp.start_processes(worker, (free_port(), str(tmp_path)), nprocs=2, start_method="fork")
     want = steps_of(World())
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
