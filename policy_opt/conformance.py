@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from policy_opt.errors import RecipeError, unknown
+from policy_opt.errors import BatchError, RecipeError, unknown
 from policy_opt.optimizers import METHODS
 from policy_opt.recipe import Recipe
 from policy_opt.registry import get, plugins, shipped
@@ -148,8 +148,10 @@ def compare(content: Mapping[str, Any]) -> Comparison:
         expected = {k: v for k, v in case["outputs"].items() if k not in words}
         try:
             found = compute(case["inputs"], case.get("params", {}), tuple(expected))
-        except ValueError as error:
-            misses.append(Miss(case["name"], "the case", str(error)))
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:
+            # A case that is not of the method's form is its own miss, the file's other cases are still compared.
+            kind = "" if isinstance(error, RecipeError | BatchError) else f"{type(error).__name__}: "
+            misses.append(Miss(case["name"], "the case", f"{kind}{error}"))
             continue
         for name, value in expected.items():
             if name not in found:

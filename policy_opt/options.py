@@ -293,14 +293,21 @@ def _value(node: ast.AST, hint: Any, stage: str | None, path: str) -> Any:
 
 
 def _fit(value: Any, hint: Any, path: str) -> Any:
-    """The value as the hint wants it (a whole number may stand for a float); RecipeError where it does not
-    fit.
+    """The value as the hint wants it (2 and 2.0 may stand for each other, in tuples too); RecipeError where it does
+    not fit.
     """
-    if _fits(value, hint):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and _fits(float(value), hint):
-        return float(value)
+    for form in (value, _retyped(value, float), _retyped(value, int)):
+        if _fits(form, hint):
+            return form
     raise RecipeError(f"`{path}` takes {_describe(hint)}, not {value!r}")
+
+
+def _retyped(value: Any, kind: type) -> Any:
+    """A number as a float or a whole number where that is the same number, or a tuple of such; others as they are."""
+    if isinstance(value, tuple):
+        return tuple(_retyped(v, kind) for v in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+    return kind(value) if number and kind(value) == value else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

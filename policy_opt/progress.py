@@ -4,15 +4,15 @@ of the last update.
     mu_t = mean reward of the trajectories of iteration t
     xi_t = clip(mu_t - mean(mu_(t-1) .. mu_(t-K)), -5, 5) / std(the same)
 
-The window holds earlier iterations only, each once; std divides by K and is 1 where there are fewer than two, or
-where it is below 1e-8. Wang et al. 2026, arXiv 2604.00860.
+The window holds earlier iterations only, each once; std divides by K (or by K - 1: "sample") and is 1 where there are
+fewer than two, or where it is below 1e-8. Wang et al. 2026, arXiv 2604.00860.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from policy_opt.part import Ctx, Part
 
 LIMIT = 5.0
 """Largest difference of mean rewards that counts."""
+Spread = Literal["population", "sample"]
 
 
 class Progress(NamedTuple):
@@ -36,10 +37,10 @@ class Progress(NamedTuple):
     xi: float
 
 
-def progress(history: Sequence[float], now: float) -> Progress:
+def progress(history: Sequence[float], now: float, spread: Spread = "population") -> Progress:
     """xi of a mean reward against a non-empty window of earlier ones."""
     window_K = torch.tensor(history, dtype=torch.float64)
-    std = float(window_K.std(correction=0)) if window_K.numel() > 1 else 0.0
+    std = float(window_K.std(correction=int(spread == "sample"))) if window_K.numel() > 1 else 0.0
     std = std if std >= 1e-8 else 1.0
     # From the first one on: a constant window has that very mean, and no progress against it.
     mean = float(window_K[0] + (window_K - window_K[0]).mean())
@@ -51,12 +52,12 @@ def mean_reward(b: Batch) -> float:
     return float(floating(b["reward_B"])[b.once()].double().mean())
 
 
-def against(state: Mapping[str, Any], b: Batch, warmup: int, ctx: Ctx) -> Progress | None:
+def against(part: Retrospect | ProgressGate, b: Batch, ctx: Ctx) -> Progress | None:
     """Progress of a fresh batch against a part's window; None while that holds fewer than `warmup` iterations."""
-    history = state.get("history", [])
-    if len(history) < warmup:
+    history = ctx.state(part).get("history", [])
+    if len(history) < part.warmup:
         return None
-    found = progress(history, mean_reward(b))
+    found = progress(history, mean_reward(b), part.spread)
     ctx.log("progress", found.xi)
     return found
 
@@ -89,6 +90,8 @@ class Retrospect(Part):
     """K: iterations that the mean reward is compared with."""
     warmup: int = 8
     """Iterations before the first draw."""
+    spread: Spread = "population"
+    """sigma_his divides by K, as in the code; sample: by K - 1, as the paper has it."""
     negative: float = 0.1
     """lambda: weight of a step back. 0: only steps forward are reinforced."""
     limit: float = 10.0
@@ -104,7 +107,7 @@ class Retrospect(Part):
     def draw(self, fresh: Batch, ctx: Ctx) -> Batch | None:
         """The stored batch under the progress of the fresh one."""
         state = ctx.state(self)
-        seen = against(state, fresh, self.warmup, ctx)
+        seen = against(self, fresh, ctx)
         if seen is None or "batch" not in state or (seen.xi < 0 and self.negative == 0):
             return None
         return self.judged(state["batch"], seen)
@@ -140,6 +143,7 @@ class ProgressGate(Part):
     stage: ClassVar[str] = "advantage"
     window: int = 8
     warmup: int = 8
+    spread: Spread = "population"
     low: float = -2.0
     high: float = 2.0
 
@@ -152,7 +156,7 @@ class ProgressGate(Part):
     overwrites = frozenset({"adv"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        seen = against(ctx.state(self), b, self.warmup, ctx)
+        seen = against(self, b, ctx)
         if seen is None:
             return b
         gate = self.gate(seen)

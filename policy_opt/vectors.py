@@ -19,8 +19,9 @@ from torch import Tensor
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError, unknown
 from policy_opt.metrics import of_rollout, of_step
+from policy_opt.need import Same, TopKIds
 from policy_opt.part import Ctx, Part, run
-from policy_opt.terms import Loss, masked, reports
+from policy_opt.terms import Loss, masked, reports, spread
 
 if TYPE_CHECKING:
     from policy_opt.recipe import Recipe
@@ -56,8 +57,8 @@ class Vectors:
     stages: tuple[str, ...] = ("reward", "advantage", "credit")
     """Stages that are run."""
     columns: Mapping[str, tuple[str, ...] | Callable[[Any], Mapping[str, Tensor]]] = field(default_factory=dict)
-    """Inputs of this file that fill columns beside the usual ones: their names (whole numbers stay whole), or a
-    function of the input."""
+    """Inputs of this file that fill columns beside the usual ones: their names (whole numbers stay whole, unless
+    a model computes the column), or a function of the input."""
     adapt: Callable[[Recipe, Mapping[str, Any]], Recipe] | None = None
     """Options that a case's inputs decide, not its params."""
     arrange: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
@@ -140,6 +141,8 @@ class Trace:
     def start(self) -> Batch:
         """The case's inputs as a batch, in float64; group ids of any kind become numbers."""
         columns: dict[str, Tensor] = {}
+        needs = (*self.recipe.needs, *(need for term in self.recipe.terms for need in term.needs))
+        floats = {need.name for need in needs if not isinstance(need.what, TopKIds)}
         for name, value in self.inputs.items():
             for column in COLUMNS.get(name, ()) if value is not None else ():
                 if column == "group_B":
@@ -153,7 +156,7 @@ class Trace:
                 columns |= own(self.inputs[name])
             else:
                 given = torch.tensor(self.inputs[name])
-                if given.is_floating_point():
+                if given.is_floating_point() or floats & set(own):
                     given = torch.tensor(self.inputs[name], dtype=torch.float64)
                 columns |= dict.fromkeys(own, given)
         rows = len(next(iter(columns.values())))
@@ -162,7 +165,11 @@ class Trace:
         columns.setdefault("member_B", torch.arange(rows))
         if "correct_B" in columns:
             columns["correct_B"] = (columns["correct_B"] > 0.5).double()
-        none_BT = torch.zeros_like(columns["mask_BT"], dtype=torch.float64)
+        mask_BT = columns["mask_BT"] != 0
+        for need in needs:
+            if need.where == "actions" and need.view == Same() and need.name in columns:
+                columns[need.name] = torch.where(spread(mask_BT, columns[need.name]), columns[need.name], 0)
+        none_BT = torch.zeros_like(mask_BT, dtype=torch.float64)
         return Batch.build(**columns, logp_sampler_BT=none_BT)
 
     # -- what was computed --------------------------------------------------------------------------------
@@ -233,6 +240,19 @@ class Trace:
     def gradient(self, found: tuple[Tensor, dict[str, Tensor]], stream: str = "logp_BT") -> Tensor:
         """d loss / d stream; 0 where the loss does not depend on it."""
         return found[1].get(stream, torch.zeros_like(self.streams[stream]))
+
+
+@dataclass(frozen=True)
+class Form:
+    """An output that is a block: what another form of the method, or the same one, gives for the case."""
+
+    settings: tuple[str, ...]
+    """Of the other form."""
+    outputs: Mapping[str, Callable[[Trace], Any]]
+
+    def __call__(self, t: Trace) -> dict[str, Any]:
+        other = Trace(t.recipe.set(*self.settings), t.given, t.params) if self.settings else t
+        return {name: output(other) for name, output in self.outputs.items()}
 
 
 OUTPUTS: dict[str, Callable[[Trace], Any]] = {

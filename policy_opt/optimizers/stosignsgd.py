@@ -143,7 +143,7 @@ def golden(inputs: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
     base = params.get("base", "momentum")
     if base not in ("momentum", "adam"):
         raise RecipeError(f"stosignsgd: base {base!r} is neither momentum nor adam")
-    betas = (params.get("beta1", 0.9), params.get("beta2", 0.99))
+    betas = (float(params.get("beta1", 0.9)), float(params.get("beta2", 0.999)))
     inner = Optim(base, betas=betas, eps=params.get("eps") if base == "adam" else None)
     optim = Optim("stosignsgd", weight_decay=params.get("weight_decay", 0.0), direction=inner)
 

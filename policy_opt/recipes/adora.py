@@ -26,17 +26,16 @@ from policy_opt.terms import Term
 from policy_opt.vectors import Trace, Vectors, aggregation
 
 JOINED = {"and": "both", "or": "either"}
+OPTIONS = {"criterion": "criterion", "tau": "tau", "w_s": "advantageous"}
 
 
 def form(recipe: Recipe, variant: str | Mapping[str, Any]) -> Recipe:
     """The param variant."""
     if isinstance(variant, str):
         return recipe.set(f"variant={variant}")
-    return recipe.set(
-        f"advantage.criterion={JOINED.get(variant['criterion'], variant['criterion'])}",
-        f"advantage.tau={variant['tau']}",
-        f"advantage.advantageous={variant['w_s']}",
-    )
+    name = variant.get("criterion", "or")
+    given = {**variant, "criterion": JOINED.get(name, name)}
+    return recipe.set(*(f"advantage.{option}={given[key]}" for key, option in OPTIONS.items() if key in given))
 
 
 def by_group(t: Trace) -> dict[str, float]:

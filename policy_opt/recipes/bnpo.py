@@ -45,8 +45,7 @@ def scored(value: Sequence[Any]) -> bool:
 
 def several(recipe: Recipe, count: int) -> Recipe:
     """The param n_components."""
-    recipe = recipe if count == 1 else recipe.set("variant=several")
-    return recipe.set("advantage.singles=zero")
+    return recipe if count == 1 else recipe.set("variant=several")
 
 
 def components(t: Trace) -> list[dict[str, Any]]:
@@ -84,6 +83,8 @@ recipe = Recipe(
             "loss_agg": aggregation,
         },
         columns={"rewards": scores},
+        # The file has the released code's numbers, which fits prompts with one trajectory too.
+        adapt=lambda recipe, _: recipe.set("advantage.singles=zero"),
         outputs={"components": components, "advantages": lambda t: t.per_token("adv")},
     ),
 )

@@ -63,9 +63,14 @@ class LowRatio(Part):
 # -- golden numbers: a case holds the batch before, the window, and the mean reward since ------------------------
 
 
+def window(recipe: Recipe) -> Retrospect | ProgressGate:
+    """The part that compares iterations."""
+    return next(part for _, part in recipe.parts if isinstance(part, Retrospect | ProgressGate))
+
+
 def seen(t: Trace) -> Progress:
     """The case's progress."""
-    return progress(t.given["history"], t.given["mu_t"])
+    return progress(t.given["history"], t.given["mu_t"], window(t.recipe).spread)
 
 
 def judged(t: Trace) -> Batch:
@@ -81,15 +86,13 @@ def retrospective(t: Trace, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def remember(t: Trace) -> None:
-    """The gate's window before the iteration."""
-    for part in t.recipe.advantage:
-        if isinstance(part, ProgressGate):
-            t.ctx.state(part)["history"] = list(t.given["history"])
+    """The window before the iteration."""
+    t.ctx.state(window(t.recipe))["history"] = list(t.given["history"])
 
 
 def rewarded(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """A case of the gate: every trajectory has the batch's mean reward."""
-    return inputs if "rewards" in inputs else {**inputs, "rewards": [inputs["mu_t"]] * len(inputs["mask"])}
+    return {**inputs, "rewards": [inputs["mu_t"]] * len(inputs["mask"])} if "token_advantages" in inputs else inputs
 
 
 def clip(recipe: Recipe, width: float) -> Recipe:
@@ -138,7 +141,9 @@ recipe = Recipe(
             "lambda_neg": "schedule.negative",
             "clip": clip,
             "coefficient_clamp": "schedule.limit",
-            "std": (),
+            "std": lambda recipe, name: recipe.set(
+                f"{'schedule' if recipe.schedule.steps[0].terms else 'advantage'}.spread={name}"
+            ),
             "eps": "schedule.eps",
             "grpo_eps": "advantage.eps",
             "gate_min": "advantage.low",

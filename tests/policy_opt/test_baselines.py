@@ -406,6 +406,10 @@ def test_progress(history, now, scale, shift):
     assert progress(history[:1], now).xi == pytest.approx(now - history[0])
     assert progress([now] * 5, now).xi == 0 and progress([now] * 5, now).std == 1
     assert progress([0.0], 9.0).xi == 5.0
+    count = len(history)
+    if found.std > 1e-3 and found.std != 1.0:
+        sample = progress(history, now, "sample")
+        assert sample.std == pytest.approx(found.std * (count / (count - 1)) ** 0.5)
 
 
 @quick

@@ -322,6 +322,52 @@ def numbers(value) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
+def case_of(method: str, number: int = 0) -> tuple[dict, dict, dict]:
+    """(inputs, params, outputs) of a case of the file, to be changed."""
+    case = copy.deepcopy(CONTENT[method]["cases"][number])
+    return case["inputs"], case["params"], case["outputs"]
+
+
+def test_whole_numbers_in_place_of_floats():
+    inputs, params, wanted = case_of("dgpo")
+    found = outputs("dgpo", inputs, {**params, "reward_weights": [1]}, *wanted)
+    assert conformance.difference(found, wanted)[1] == ""
+    inputs, params, _ = case_of("adora", 2)
+    assert outputs("adora", inputs, {**params, "max_length_threshold": 1e9}, "loss") == outputs(
+        "adora", inputs, params, "loss"
+    )
+    inputs, params, _ = case_of("dhpo", 1)
+    inputs["entropy"] = [[(i + t) % 3 for t in range(6)] for i in range(8)]
+    as_floats = {**inputs, "entropy": [[float(h) for h in row] for row in inputs["entropy"]]}
+    assert outputs("dhpo", inputs, params, "token_weight") == outputs("dhpo", as_floats, params, "token_weight")
+
+
+def test_params_that_stand_at_their_default_may_be_left_out():
+    inputs, params, _ = case_of("adora", 2)
+    params["variant"]["criterion"] = "length"
+    without = {**params, "variant": {k: v for k, v in params["variant"].items() if k != "tau"}}
+    assert outputs("adora", inputs, without, "loss") == outputs("adora", inputs, params, "loss")
+    inputs, params, wanted = case_of("bnpo")
+    del params["n_components"]
+    assert conformance.difference(outputs("bnpo", inputs, params, *wanted), wanted)[1] == ""
+
+
+@pytest.mark.parametrize("method", WITH_LOSS)
+def test_what_stands_outside_the_mask_counts_nowhere(method):
+    """Not even where it is no number."""
+    for number, case in enumerate(CONTENT[method]["cases"]):
+        inputs, params, wanted = case_of(method, number)
+        if "mask" not in inputs or not any(len(set(row)) > 1 for row in inputs["mask"]):
+            continue
+        names = [n for n in ("logp_new", "logp_old", "logp_ref", "values_old", "values_new") if n in inputs]
+        for name in names:
+            inputs[name] = [
+                [x if m else float("nan") for x, m in zip(row, mask, strict=True)]
+                for row, mask in zip(inputs[name], inputs["mask"], strict=True)
+            ]
+        assert conformance.difference(outputs(method, inputs, params, *wanted), wanted)[1] == "", case["name"]
+
+
 def test_otc_without_any_correct_rollout():
     inputs = {"tool_calls": [0, 3], "base_rewards": [0.0, 0.2], "group": ["q", "q"], "n_history": {"q": None}}
     params = {"c": 4.0, "alpha": 2.0, "correct_threshold": 0.5, "std_ddof": 0, "eps": 0.0}

@@ -107,6 +107,20 @@ def test_bad_literals_of_every_type():
     assert GRPO.set("optimizer=sgd(0.1)", "optimizer.lr=None").optimizer.lr is None
 
 
+def test_whole_numbers_and_floats_stand_for_each_other():
+    """Also inside tuples; a number that is not whole is no whole number, and a truth value is none."""
+    betas = GRPO.set("optimizer=adam(betas=(0, 0.9))").optimizer.betas
+    assert betas == (0.0, 0.9) and all(type(beta) is float for beta in betas)
+    assert GRPO.set("reward=weighted_scores(weights=(1, 0.5))").reward[0].weights == (1.0, 0.5)
+    epochs = GRPO.set("schedule.epochs=4.0").schedule.steps[0].epochs
+    assert epochs == 4 and type(epochs) is int
+    for wrong in ("schedule.epochs=4.5", "schedule.epochs=True", "schedule.epochs=1e999"):
+        with pytest.raises(RecipeError, match="takes int"):
+            GRPO.set(wrong)
+    with pytest.raises(RecipeError, match="takes tuple"):
+        GRPO.set("reward=weighted_scores(weights=(1, True))")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text(max_size=60),
