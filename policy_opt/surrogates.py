@@ -59,6 +59,17 @@ def check_widths(clip_low: float, clip_high: float) -> None:
         raise ValueError(f"clip_low and clip_high are widths >= 0, not {clip_low}, {clip_high}")
 
 
+def check_dual_clip(c: float | None) -> None:
+    """ValueError where c is not above 1."""
+    if c is not None and c <= 1:
+        raise ValueError(f"dual_clip must be above 1 (or None), not {c}")
+
+
+def at_most(loss: Tensor, adv: Tensor, c: float | None) -> Tensor:
+    """Dual clip: min(loss, -c A) where A < 0. None: the loss as it is."""
+    return loss if c is None else torch.where(adv < 0, torch.minimum(loss, -c * adv), loss)
+
+
 @dataclass(frozen=True)
 class Clip(Part):
     """PPO's clipped surrogate per token: max(-A rho, -A clip(rho, 1 - low, 1 + high)).
@@ -80,8 +91,7 @@ class Clip(Part):
 
     def __post_init__(self) -> None:
         check_widths(self.clip_low, self.clip_high)
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1 (or None), not {self.dual_clip}")
+        check_dual_clip(self.dual_clip)
 
     needs = LOGP, LOGP_OLD
 
@@ -91,10 +101,7 @@ class Clip(Part):
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token(self.by)
-        loss_BT = clipped(rho_BT, adv_BT, self.clip_low, self.clip_high)
-        if self.dual_clip is None:
-            return loss_BT
-        return torch.where(adv_BT < 0, torch.minimum(loss_BT, -self.dual_clip * adv_BT), loss_BT)
+        return at_most(clipped(rho_BT, adv_BT, self.clip_low, self.clip_high), adv_BT, self.dual_clip)
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token(self.by)

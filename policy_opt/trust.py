@@ -19,7 +19,7 @@ from policy_opt.baselines import lower_median
 from policy_opt.batch import Batch
 from policy_opt.need import ENTROPY_OLD, LOGP, LOGP_OLD, KLTo, Need
 from policy_opt.part import Ctx, Part
-from policy_opt.surrogates import LOG_RATIO_LIMIT, Streams, check_widths, log_ratio, ratio
+from policy_opt.surrogates import LOG_RATIO_LIMIT, Streams, at_most, check_dual_clip, check_widths, log_ratio, ratio
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class ClipWithin(Part):
     stage: ClassVar[str] = "surrogate"
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
+    dual_clip: float | None = None
+    """c > 1: where A < 0 the loss is at most -c A. None: off."""
+
+    def __post_init__(self) -> None:
+        check_dual_clip(self.dual_clip)
 
     needs = LOGP, LOGP_OLD
     reads = frozenset({"adv", "eps_low", "eps_high"})
@@ -86,7 +91,7 @@ class ClipWithin(Part):
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
         low_BT, high_BT = self.bounds(b)
-        return torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(low_BT, high_BT))
+        return at_most(torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(low_BT, high_BT)), adv_BT, self.dual_clip)
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
         rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")

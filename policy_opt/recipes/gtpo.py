@@ -23,9 +23,8 @@ same pass as the loss; ours is too, as the weights have not moved.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import OnPolicy
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.vectors import OUTPUTS, Form, Trace, Vectors
 from policy_opt.vocabulary import evaluate
 
 FLOORED = Entropy(floor=1e-6)
@@ -155,24 +154,6 @@ def distribution(t: Trace) -> None:
     t.inputs = {**t.inputs, "entropy_floored": entropy_BT.tolist()}
 
 
-def block(settings: tuple[str, ...], **outputs: Callable[[Trace], Any]) -> Callable[[Trace], dict[str, Any]]:
-    """Outputs of one form of the method."""
-
-    def found(t: Trace) -> dict[str, Any]:
-        again = Trace(t.recipe.set(*settings), t.given)
-        return {name: output(again) for name, output in outputs.items()}
-
-    return found
-
-
-def loss(t: Trace) -> Tensor:
-    return t.total[0]
-
-
-def gradient(t: Trace) -> Tensor:
-    return t.gradient(t.total)
-
-
 recipe = Recipe(
     slug="gtpo",
     title="openings and endings shared by right and wrong answers are protected, uncertain answers left out",
@@ -203,19 +184,23 @@ recipe = Recipe(
             "lambda_": lambda t: t.per_token("lambda"),
             "conflict_forward": lambda t: t["forward_BT"],
             "conflict_backward": lambda t: t["backward_BT"],
-            "paper": block(
+            "paper": Form(
                 (),
-                completion_weight_delta=lambda t: t["certain_B"],
-                advantages_shaped=lambda t: t["adv_B"],
-                loss=loss,
-                grad_logp_new=gradient,
+                {
+                    "completion_weight_delta": lambda t: t["certain_B"],
+                    "advantages_shaped": lambda t: t["adv_B"],
+                    "loss": OUTPUTS["loss"],
+                    "grad_logp_new": OUTPUTS["grad_logp_new"],
+                },
             ),
-            "as_published_code": block(
+            "as_published_code": Form(
                 (*SCALED, "credit.always=True"),
-                advantages_shaped=lambda t: t["adv_B"],
-                n_conflict=lambda t: t["conflicts_B"],
-                loss_sum_over_completions=loss,
-                grad_logp_new=gradient,
+                {
+                    "advantages_shaped": lambda t: t["adv_B"],
+                    "n_conflict": lambda t: t["conflicts_B"],
+                    "loss_sum_over_completions": OUTPUTS["loss"],
+                    "grad_logp_new": OUTPUTS["grad_logp_new"],
+                },
             ),
         },
     ),

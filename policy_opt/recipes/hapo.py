@@ -34,11 +34,11 @@ from policy_opt.part import Ctx, Part
 from policy_opt.protocols import Sampler
 from policy_opt.recipe import Recipe
 from policy_opt.sampling import RULES
-from policy_opt.surrogates import Streams, log_ratio, ratio
+from policy_opt.surrogates import Streams, check_dual_clip, log_ratio, ratio
 from policy_opt.terms import Term
 from policy_opt.token_credit import TokenGroupNorm
-from policy_opt.trust import Widths
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.trust import ClipWithin, Widths
+from policy_opt.vectors import OUTPUTS, Form, Trace, Vectors
 
 STATISTICS = ("median", "std", "scale_pos", "scale_neg")
 
@@ -142,8 +142,7 @@ class RedistributedClip(Part):
     reads = frozenset({"adv", "place_BT", "eps_low", "eps_high"})
 
     def check(self) -> None:
-        if self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be above 1, not {self.dual_clip}")
+        check_dual_clip(self.dual_clip)
 
     def advantage(self, rho_BT: Tensor, b: Batch) -> Tensor:
         """A': [B, T]."""
@@ -152,42 +151,36 @@ class RedistributedClip(Part):
         moved_BT = neutral_BT ^ (place_BT > 0)
         return torch.where(moved_BT, adv_BT * (1 + self.beta * place_BT), adv_BT)
 
+    def moved(self, s: Streams, b: Batch) -> Batch:
+        """The batch with A' in place of A."""
+        return b.over(adv_BT=self.advantage(ratio(log_ratio(s, b)).detach(), b))
+
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        rho_BT = ratio(log_ratio(s, b))
-        adv_BT = self.advantage(rho_BT.detach(), b)
-        near_BT = rho_BT.clamp(1 - b.per_token("eps_low"), 1 + b.per_token("eps_high"))
-        loss_BT = torch.maximum(-adv_BT * rho_BT, -adv_BT * near_BT)
-        return torch.where(adv_BT < 0, torch.minimum(loss_BT, -self.dual_clip * adv_BT), loss_BT)
+        return ClipWithin(self.dual_clip)(s, self.moved(s, b))
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
-        rho_BT = ratio(log_ratio(s, b))
-        adv_BT = self.advantage(rho_BT, b)
-        high_BT, low_BT = rho_BT > 1 + b.per_token("eps_high"), rho_BT < 1 - b.per_token("eps_low")
-        clipped_BT = ((adv_BT > 0) & high_BT) | ((adv_BT < 0) & low_BT)
-        return {"ratio": rho_BT, "clip_frac": clipped_BT, "adv_moved": adv_BT}
+        moved = self.moved(s, b)
+        return {**ClipWithin(self.dual_clip).report(s, moved), "adv_moved": moved["adv_BT"]}
 
 
-def block(signed: bool) -> Callable[[Trace], dict[str, Any]]:
-    """The outputs of one sign."""
+def warmth(t: Trace) -> Tensor:
+    """Temperatures of the next rollout, were it of the same entropies."""
+    sampler = t.recipe.signals[0].sampling(t.recipe.sampler, t.ctx)
+    return RULES["entropy_temperature"](t["entropy_old_BT"], sampler.temperature, sampler.options) * t["mask_BT"]
 
-    def found(t: Trace) -> dict[str, Any]:
-        t = Trace(t.recipe.set(f"signals.signed={signed}"), t.given)
-        (place,) = t.recipe.signals
-        sampler = place.sampling(t.recipe.sampler, t.ctx)
-        warmth_BT = RULES["entropy_temperature"](t["entropy_old_BT"], sampler.temperature, sampler.options)
-        return {
-            "h_hat": t["place_BT"],
-            "norm_stats_median_std_scalepos_scaleneg": place.statistics(t["entropy_old_BT"][t.batch.mask_BT]),
-            "clip_low": t.per_token("eps_low"),
-            "clip_high": t.per_token("eps_high"),
-            "advantages_redistributed": t.report("adv_moved"),
-            "loss": t.total[0],
-            "grad_logp_new": t.gradient(t.total),
-            "temperature_next_rollout": warmth_BT * t["mask_BT"],
-        }
 
-    return found
-
+BLOCK: dict[str, Callable[[Trace], Any]] = {
+    "h_hat": lambda t: t["place_BT"],
+    "norm_stats_median_std_scalepos_scaleneg": lambda t: t.recipe.signals[0].statistics(
+        t["entropy_old_BT"][t.batch.mask_BT]
+    ),
+    "clip_low": lambda t: t.per_token("eps_low"),
+    "clip_high": lambda t: t.per_token("eps_high"),
+    "advantages_redistributed": lambda t: t.report("adv_moved"),
+    "loss": OUTPUTS["loss"],
+    "grad_logp_new": OUTPUTS["grad_logp_new"],
+    "temperature_next_rollout": warmth,
+}
 
 recipe = Recipe(
     slug="hapo",
@@ -220,8 +213,8 @@ recipe = Recipe(
         stages=("signals", "reward", "advantage", "credit"),
         outputs={
             "advantages_token_group_avg": lambda t: t.per_token("adv"),
-            "as_published_code": block(signed=False),
-            "signed_as_described_in_paper": block(signed=True),
+            "as_published_code": Form(("signals.signed=False",), BLOCK),
+            "signed_as_described_in_paper": Form(("signals.signed=True",), BLOCK),
         },
     ),
 )
