@@ -10,6 +10,7 @@ from typing import Any
 
 from agents.engines.base import Key, stream
 from agents.trajectory import Trajectory, TurnInfo
+from agents.workers.errors import WorkersBroken
 from policy_opt.protocols import Job
 
 MakeEnv = Callable[[], Any]
@@ -35,7 +36,10 @@ class Limits:
 
 
 class Episode:
-    """One job in play: its environment, conversation and record. Never raises for what the environment does."""
+    """One job in play: its environment, conversation and record.
+
+    Never raises for what the environment does; WorkersBroken where no environment can be had at all.
+    """
 
     def __init__(self, job: Job, env: Any, seed: int, limits: Limits) -> None:
         self.job, self.env, self.limits = job, env, limits
@@ -63,6 +67,8 @@ class Episode:
             self.tools = self.obs.get("tools", ())
             self.result.task_id = str(info.get("task_id", ""))
             self.result.level = int(info.get("level", options.get("level") or 0))
+        except WorkersBroken:  # no episode can be had any more: the run stops, and can be resumed
+            raise
         except Exception as error:
             self.fail(error)
 

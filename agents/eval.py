@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from agents import cli
+from agents import cli, environment
 from agents.cli import Count, Fraction, Natural, NonNegative, Positive, UsageError
+from agents.config import WorkerConfig
 from agents.engines.base import SampleParams
 from agents.evaluate import EvalResult, Player, TextPlayer, evaluate
 from agents.rollout import Limits, MakeEnv
@@ -66,8 +67,13 @@ class EvalCommand:
     """Turns per episode at most; the environment may end it earlier."""
     rows: Natural = 128
     """Episodes played at the same time by a local model."""
-    workers: Natural = 8
+    concurrency: Natural = 8
     """Episodes played at the same time by a server."""
+    workers: Count = 0
+    """Processes that step environments; 0: environments live in this process, which is faster below a millisecond a
+    step."""
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
+    """Each of them."""
     timeout_s: Positive = 120.0
     """Seconds that a server may take for one turn."""
     retries: Count = 2
@@ -149,8 +155,8 @@ def parse_k(text: str) -> tuple[int, ...]:
 
 
 def env_maker(command: EvalCommand) -> MakeEnv:
-    """A function that makes the environment; called once here, so that mistakes show at once."""
-    import envs
+    """A function that makes the environment, in workers if asked for; mistakes show at once."""
+    from envs import EnvConflict, UnknownEnv
 
     spec = str(command.env)
     arguments = cli.assignments(command.env_args, "--env-args") | {"split": command.split}
@@ -159,16 +165,10 @@ def env_maker(command: EvalCommand) -> MakeEnv:
     if command.reward is not None:
         arguments["reward"] = command.reward
 
-    def make() -> Any:
-        return envs.make(spec, **arguments)
-
     try:
-        make().close()
-    except (envs.UnknownEnv, envs.EnvConflict) as error:
+        return environment.env_maker(spec, arguments, command.workers, command.worker)
+    except (UnknownEnv, EnvConflict) as error:
         raise UsageError(str(error)) from error
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{spec}: {error}") from error
-    return make
 
 
 def play_one(
@@ -200,7 +200,7 @@ def build_player(command: EvalCommand, spec: str, make_env: MakeEnv) -> Player:
             spec, params=params, timeout_s=command.timeout_s, retries=command.retries,
             native_tools=command.native_tools,
         )  # fmt: skip
-        return TextPlayer(make_env, Endpoint(config), limits, command.workers)
+        return TextPlayer(make_env, Endpoint(config), limits, command.concurrency)
     return _local(command, spec, make_env, params, limits)
 
 

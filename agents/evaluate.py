@@ -55,8 +55,8 @@ class TextPlayer:
     """Says the turns."""
     limits: Limits
     """What an episode may use up."""
-    workers: int = 0
-    """Episodes that run at once; 0 one by one."""
+    threads: int | None = None
+    """Episodes that run at once; 0 one by one; None: one for each worker that `make_env` has, if it has any."""
 
     def __call__(
         self,
@@ -69,7 +69,7 @@ class TextPlayer:
         """Trajectories in the order of the jobs."""
         return play_text(
             jobs, self.make_env, self.speaker, self.limits, seed or 0, on_progress,
-            options=options, workers=self.workers,
+            options=options, threads=self.threads,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ Turns that are cut:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from agents.engines.base import Engine, Key, Speaker
 from agents.episode import EnvPool, Episode, Limits, MakeEnv, key_of
 from agents.playing import Playing
 from agents.trajectory import Trajectory
+from agents.workers.errors import WorkerError
 from policy_opt.protocols import Job
 
 
@@ -62,7 +63,7 @@ def play(
     on_progress: OnProgress | None = None,
     *,
     options: Mapping[str, Any] | None = None,
-    workers: int = 0,
+    threads: int | None = None,
     pool: EnvPool | None = None,
     kept: Kept | None = None,
 ) -> list[Trajectory]:
@@ -80,7 +81,8 @@ def play(
         version: policy version for the record; None takes the engine's.
         on_progress: told whenever episodes end.
         options: further reset options (`level`, ...).
-        workers: threads that step environments; 0 steps them in turn, which is faster below ~1 ms a step.
+        threads: that step environments; 0 steps them in turn, which is faster below ~1 ms a step. None: one for each
+            worker that `make_env` has, if it has any.
         pool: environments kept between calls; None makes them anew and closes them at the end.
         kept: unfinished episodes; jobs with `resume` take theirs from here, those whose budget is used up are put
             here. None: nobody will go on with them.
@@ -96,14 +98,14 @@ def play(
     tally = _Tally(len(jobs), on_progress)
     run = partial(
         _play_share, chat=chat, limits=limits, seed=seed, version=version, options=options or {},
-        workers=workers, pool=own, tally=tally, kept=kept,
+        threads=threads_for(make_env, threads), pool=own, tally=tally, kept=kept,
     )  # fmt: skip
     shares = _shares(jobs, len(engines))
     if len(engines) == 1:
         played = [run(shares[0], engines[0])]
     else:
-        with ThreadPoolExecutor(len(engines), thread_name_prefix="engine") as threads:
-            played = list(threads.map(run, shares, engines))
+        with ThreadPoolExecutor(len(engines), thread_name_prefix="engine") as every:
+            played = list(every.map(run, shares, engines))
     if pool is None:
         own.close()
     by_key = {key: trajectory for share in played for key, trajectory in share.items()}
@@ -127,7 +129,7 @@ def _play_share(
     seed: int,
     version: int | None,
     options: Mapping[str, Any],
-    workers: int,
+    threads: int,
     pool: EnvPool,
     tally: _Tally,
     kept: Kept,
@@ -136,7 +138,7 @@ def _play_share(
     engine.reset()
     version = engine.version if version is None else version
     waiting, running, finished = deque(jobs), dict[Key, Playing](), dict[Key, Trajectory]()
-    with _each(workers) as each:
+    with _each(threads, lambda p: p.episode.env) as each:
         while waiting or running:
             admitted = [waiting.popleft() for _ in range(min(len(waiting), engine.rows - len(running)))]
             fresh = [
@@ -194,10 +196,10 @@ def play_text(
     on_progress: OnProgress | None = None,
     *,
     options: Mapping[str, Any] | None = None,
-    workers: int = 0,
+    threads: int | None = None,
     pool: EnvPool | None = None,
 ) -> list[Trajectory]:
-    """`play` for speakers without tokens; `ledger` is None. `workers` episodes run at once (0: one by one).
+    """`play` for speakers without tokens; `ledger` is None. `threads` episodes run at once (0: one by one).
 
     A speaker that fails (`Said.stop` is `error:...`) ends its episode with that stop reason; it is graded as
     it stands.
@@ -215,7 +217,7 @@ def play_text(
         tally.add(1, tokens)
         return episode.result
 
-    with _each(workers) as each:
+    with _each(threads_for(make_env, threads)) as each:
         results = each(one, jobs)
     if pool is None:
         own.close()
@@ -227,7 +229,11 @@ def _converse(episode: Episode, speaker: Speaker, limits: Limits) -> int:
     job, tokens = episode.job, 0
     voice = speaker.begin(episode.env, (episode.result.seed, job.group, job.member))
     while not episode.over:
-        said = voice(episode.messages, episode.obs, limits.max_new_tokens)
+        try:
+            said = voice(episode.messages, episode.obs, limits.max_new_tokens)
+        except WorkerError as error:  # a script speaks beside its environment
+            episode.fail(error)
+            break
         tokens += said.tokens
         if said.stop.startswith("error:"):
             episode.finish(said.stop)
@@ -251,11 +257,33 @@ def _check(jobs: Sequence[Job], kept: Kept, text: bool = False) -> None:
             raise ValueError(f"job {key_of(job)} has a budget of {job.budget} tokens; it must be at least 1")
 
 
+def threads_for(make_env: MakeEnv, threads: int | None) -> int:
+    """Threads to step environments in: as many as asked for, else one for each worker of `make_env`."""
+    if threads is not None:
+        return threads
+    return len(make_env) if isinstance(make_env, Sized) else 0
+
+
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
+
+
 @contextmanager
-def _each(workers: int) -> Iterator[Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]]:
-    """A `map` that runs in threads, or in turn where `workers` is 0; results in order."""
-    if workers <= 0:
+def _each(threads: int, env_of: Callable[[Any], Any] = lambda item: None) -> Iterator[Map]:
+    """A `map` that runs in threads, or in turn where `threads` is 0; results in order.
+
+    Items whose environments share a worker run one after the other in one thread: no thread waits for another's.
+    """
+    if threads <= 0:
         yield lambda fn, items: [fn(item) for item in items]
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="env") as threads:
-        yield lambda fn, items: list(threads.map(fn, items))
+
+    def spread(fn: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        lanes: dict[Any, list[int]] = {}
+        for i, item in enumerate(items):
+            lanes.setdefault(getattr(env_of(item), "worker", i), []).append(i)
+        parts = pool.map(lambda lane: [(i, fn(items[i])) for i in lane], lanes.values())
+        done = dict(pair for part in parts for pair in part)
+        return [done[i] for i in range(len(items))]
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="env") as pool:
+        yield spread

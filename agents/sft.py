@@ -123,7 +123,7 @@ def train(config: SftConfig, display: Display, out: Path) -> dict[str, Any]:
 def demonstrations(config: SftConfig, chat: ChatFormat) -> tuple[list[Ledger], int]:
     """Ledgers to imitate, and how many conversations were too long. UsageError where there are too few."""
     if config.env is not None:
-        from agents.session import env_maker
+        from agents.environment import env_maker
 
         make_env = env_maker(config.env, cli.assignments(config.env_args, "--env-args"))
         weights = demonstrate.demonstrator_weights(make_env)

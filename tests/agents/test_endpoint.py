@@ -169,7 +169,7 @@ def test_the_request_says_how_to_sample():
 def test_an_evaluation_survives_a_bad_server_and_says_so():
     with serving() as url:
         client = Endpoint(EndpointConfig.from_spec(f"{url}#refusing", retries=0))
-        player = TextPlayer(lambda: Parity(split="eval"), client, Limits(), workers=4)
+        player = TextPlayer(lambda: Parity(split="eval"), client, Limits(), threads=4)
         result = evaluate(player, "parity", episodes=20)
         client.close()
     assert result.failures == {"error:http_400": 20} and result.marked and result.success.mean == 0
@@ -179,7 +179,7 @@ def test_episodes_pass_through_the_environments_parser():
     """A server that only ever calls the tool: the environment runs the calls until its turns are used up."""
     with serving() as url:
         client = Endpoint(EndpointConfig.from_spec(f"{url}#caller", retries=0))
-        player = TextPlayer(lambda: Parity(split="eval", max_turns=3), client, Limits(), workers=2)
+        player = TextPlayer(lambda: Parity(split="eval", max_turns=3), client, Limits(), threads=2)
         result = evaluate(player, "parity", episodes=4)
         client.close()
     assert result.tool_calls.mean == 3 and result.stop_reasons == {"max_turns": 4}
@@ -277,7 +277,7 @@ def test_a_real_server_plays_like_the_same_model_in_process(trained, real_server
     )
     make_env = trained[1].make_env
     local = evaluate(trained[1], "parity")
-    remote = evaluate(TextPlayer(make_env, client, Limits(4, 64, 512), workers=2), "parity")
+    remote = evaluate(TextPlayer(make_env, client, Limits(4, 64, 512), threads=2), "parity")
     client.close()
     assert local.success.mean >= 0.9 and local.tool_calls.mean >= 0.9, "the warm start did not take"
     assert remote.failures == {} and remote.stop_reasons == {"answered": 20}
@@ -293,7 +293,7 @@ def test_a_real_server_without_native_tools(trained, real_server):
     )
     client = Endpoint(config)
     result = evaluate(
-        TextPlayer(trained[1].make_env, client, Limits(2, 16, 512), workers=2), "parity", episodes=6
+        TextPlayer(trained[1].make_env, client, Limits(2, 16, 512), threads=2), "parity", episodes=6
     )
     client.close()
     assert result.episodes == 6 and set(result.stop_reasons) <= {

@@ -61,12 +61,12 @@ def test_trajectories_stand_in_the_order_of_the_jobs() -> None:
 
 
 def test_an_episode_depends_on_its_name_and_the_seed_alone() -> None:
-    """Not on the other jobs, their order, the number of slots, threads or step workers."""
+    """Not on the other jobs, their order, the number of slots, or threads that step."""
     make = lambda: Chatter(script=SCRIPT)  # noqa: E731
     whole = {(t.group, t.member): tokens(t) for t in roll(make, jobs(5))}
     for some in (jobs(5)[3:6], jobs(5)[::-1]):
         assert all(tokens(t) == whole[t.group, t.member] for t in roll(make, some))
-    threaded = roll(make, jobs(5), workers=3)
+    threaded = roll(make, jobs(5), threads=3)
     assert all(tokens(t) == whole[t.group, t.member] for t in threaded)
     chat, engine = setup()
     two = [engine_for(chat, engine.model, rows=n) for n in (2, 3)]
@@ -153,11 +153,11 @@ def test_the_first_call_is_found_to_the_token() -> None:
 
 
 @pytest.mark.parametrize("where", ["reset", "step"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_environment_that_raises_costs_only_its_own_episode(where: str, workers: int) -> None:
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_environment_that_raises_costs_only_its_own_episode(where: str, threads: int) -> None:
     limits = Limits(max_new_tokens=6, error_reward=-1.0)
     make = lambda: Broken(where=where, on=(1, 3), script=SCRIPT)  # noqa: E731
-    played = roll(make, jobs(5), limits, workers=workers)
+    played = roll(make, jobs(5), limits, threads=threads)
     sound = {(t.group, t.member): tokens(t) for t in roll(lambda: Chatter(script=SCRIPT), jobs(5), limits)}
     for t in played:
         if t.task_index in (1, 3):
@@ -234,11 +234,11 @@ def test_jobs_that_cannot_be_played_are_named() -> None:
 # ---------------------------------------------------------------------------------------- text
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_scripts_play_every_environment(workers: int) -> None:
+@pytest.mark.parametrize("threads", [0, 3])
+def test_scripts_play_every_environment(threads: int) -> None:
     for name in envs.list_envs():
         for script, best in (("oracle", True), ("random", False)):
-            played = play_text(jobs(3, 1), lambda n=name: envs.make(n), Scripted(script), Limits(), 3, workers=workers)
+            played = play_text(jobs(3, 1), lambda n=name: envs.make(n), Scripted(script), Limits(), 3, threads=threads)
             assert all(t.ledger is None and t.length == 0 and t.verdict is not None for t in played)
             if best:
                 assert all(t.reward == envs.make(name).reward_bound(None) for t in played)

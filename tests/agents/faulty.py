@@ -1,0 +1,89 @@
+"""An environment that does to its process what it is told to, by the number of its task; and a busy one."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from envs import ChatEnv, Reply, Task, Verdict, fingerprint
+
+
+class Faulty(ChatEnv):
+    """Says two things; in tasks `on` it does `what` at its second turn. Loads nothing heavy, as workers load it."""
+
+    name: ClassVar[str] = "faulty"
+
+    def __init__(self, *, what: str = "", on: Sequence[int] = (), at: str = "step", **options: Any) -> None:
+        super().__init__(**options)
+        self.what, self.on, self.at = what, tuple(on), at
+        if at == "make":
+            self.do()
+
+    def task(self, split: str, index: int, level: int | str | None = None) -> Task:
+        name = f"{self.name}/{split}/{index}"
+        return Task(name, split, index, 1, {"index": index}, {}, fingerprint(name))
+
+    def opening(self, task: Task) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": f"number {task.index}"}]
+
+    def reply(self, turn: Any) -> Reply:
+        told: Any = f"result {self.episode.turns - 1}"
+        if self.episode.turns == 2 and self.at == "step" and self.episode.task.index in self.on:
+            told = object() if self.what == "object" else told
+            self.do()
+        return Reply(({"role": "tool", "name": "say", "content": told},), done=self.episode.turns == 3)
+
+    def judge(self, task: Task, final: str | None) -> Verdict:
+        return Verdict(1.0, {"correct": 1.0}, {"answered": final is not None, "pair": (1, 2)})
+
+    def do(self) -> None:
+        """Hang, be killed, crash, leave, eat memory fast or slowly, alone or through a child, raise, or babble."""
+        match self.what:
+            case "hang":
+                time.sleep(3600)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "crash":
+                ctypes.string_at(0)
+            case "exit":
+                print("these are my last words", file=sys.stderr, flush=True)
+                os._exit(3)
+            case "leave":
+                sys.exit(4)
+            case "gorge":
+                self.eaten = bytearray(1 << 33)
+            case "graze":
+                self.eaten = []
+                while True:
+                    self.eaten.append(os.urandom(1 << 24))
+            case "feed":
+                child = "import time; x = bytearray(b'x') * (250 << 20); time.sleep(3600)"
+                both = [subprocess.Popen([sys.executable, "-c", child], start_new_session=True) for _ in range(2)]
+                both[0].wait()
+            case "raise":
+                raise KeyError("as told")
+            case "file":
+                raise FileNotFoundError(2, "No such file or directory", "/no/such/file")
+
+
+class Busy(Faulty):
+    """Every turn costs so many milliseconds of hashing."""
+
+    name: ClassVar[str] = "busy"
+
+    def __init__(self, *, ms: float = 5.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.ms = ms
+
+    def reply(self, turn: Any) -> Reply:
+        until, data = time.thread_time() + self.ms / 1000, b"x" * 4096
+        while time.thread_time() < until:
+            data = hashlib.blake2b(data).digest() * 64
+        return super().reply(turn)
