@@ -13,14 +13,15 @@ from agents.chat import ChatFormat
 from agents.demonstrate import demonstrated
 from agents.dist import World
 from agents.engines.base import Engine
-from agents.rollout import EnvPool, Limits, MakeEnv, OnProgress, Progress, play
+from agents.rollout import EnvPool, Kept, Limits, MakeEnv, OnProgress, Progress, play
 from agents.trajectory import Trajectory
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
 from policy_opt.protocols import Ask, Job, JudgeFailure
-from policy_opt.sampling import RULES
 
 if TYPE_CHECKING:
+    from agents.ahead import Ahead
+    from agents.sync import WeightSync
     from envs import Verdict
 
 
@@ -30,6 +31,7 @@ class Player:
     Args:
         world: the processes; each plays its share.
         version: called for the policy's version whenever play begins.
+        sync: brings an engine with weights of its own to a version, verified; None: it samples from the policy itself.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class Player:
         seed: int,
         world: World | None = None,
         version: Callable[[], int] = lambda: 0,
+        sync: WeightSync | None = None,
     ):
         self.make_env, self.chat, self.engine, self.limits, self.seed = make_env, chat, engine, limits, seed
         self.world = world or World()
-        self.version = version
+        self.version, self.sync = version, sync
         self.pool = EnvPool(make_env)
         self.carried = Carried()
 
@@ -57,21 +60,48 @@ class Player:
         on_progress: OnProgress | None = None,
     ) -> list[Trajectory]:
         """Trajectories in the order of the jobs. `on_progress` speaks of all processes."""
-        self.engine.version = self.version()
         homes = self.carried.homes(jobs, self.world.size)
         mine = [job for job, home in zip(jobs, homes, strict=True) if home == self.world.rank]
         kept = self.carried.take(mine, self.pool, self.limits)
         tell = self._scaled(on_progress, len(mine), len(jobs))
-        with self.world.autocast():
-            played = play(
-                mine, self.make_env, self.chat, self.engine, self.limits, self.seed if seed is None else seed,
-                None, tell, options=options, pool=self.pool, kept=kept,
-            )  # fmt: skip
-        self.engine.reset()
+        played = self.perform(mine, kept, self.follow(), seed=seed, options=options, on_progress=tell)
         shares = [iter(share) for share in self.world.gather(played)]
         everything = [next(shares[home]) for home in homes]
         self.carried.put(jobs, everything, homes, kept, options or {})
         return everything
+
+    def perform(
+        self,
+        jobs: Sequence[Job],
+        kept: Kept,
+        version: int,
+        *,
+        seed: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[Trajectory]:
+        """Play jobs in this process; speaks to no other, so that it may be called in a thread.
+
+        kept: unfinished episodes that jobs go on with; those that are cut off again are put there.
+        """
+        self.engine.version = version
+        with self.world.autocast():
+            played = play(
+                jobs, self.make_env, self.chat, self.engine, self.limits, self.seed if seed is None else seed,
+                None, on_progress, options=options, pool=self.pool, kept=kept,
+            )  # fmt: skip
+        self.engine.reset()
+        return played
+
+    def follow(self) -> int:
+        """Bring the engine to the policy's weights of now, and return their version. All processes call it together.
+
+        Raises EngineFailure where the engine verifiably does not have them.
+        """
+        version = self.version()
+        if self.sync is not None:
+            self.sync(version)
+        return version
 
     def demonstrate(self, jobs: Sequence[Job]) -> list[Trajectory]:
         """Episodes of the environment's demonstrators; scripts cost little, so that every process plays them all."""
@@ -96,32 +126,59 @@ class LMActor:
 
     Attributes:
         columns: what every batch has besides the core and the units; None where there is no sample to tell.
+        hooks: sampler rules that the engine serves.
+        ahead: where episodes are played while the learner learns; None: nowhere.
+        gap: largest difference of log-probs found when the weights that played what was collected were sent.
     """
-
-    hooks = frozenset(RULES)
-    """Sampler rules that the engine serves."""
 
     def __init__(self, player: Player, dtype: torch.dtype = torch.float32, sample: Verdict | None = None):
         self.player, self.dtype, self.sample = player, dtype, sample
+        self.hooks: frozenset[str] = getattr(player.engine, "hooks", frozenset())
         facts = None if sample is None else [f"{name}_B" for name in numbers_of(sample.facts)]
         self.columns = None if facts is None else frozenset((*OWN, *facts))
         self.scores: list[str] | None = None
         self.facts: list[str] | None = None
         self.played: list[Trajectory] = []
         self.on_progress: OnProgress | None = None
+        self.ahead: Ahead | None = None
+        self.gap = 0.0
 
     def begin(self) -> None:
         """Forget the trajectories of the last iteration, and unfinished ones that it did not go on with."""
-        self.played = []
+        self.played, self.gap = [], 0.0
         self.player.carried.grow_old(self.player.pool)
 
     def play(self, jobs: Sequence[Job]) -> Batch:
         """One row per episode (or segment of it), in the order of the jobs."""
+        self.free()
         demos = [job for job in jobs if job.demo]
         shown = iter(self.player.demonstrate(demos) if demos else ())
         sampled = [job for job in jobs if not job.demo]
         played = iter(self.player(sampled, on_progress=self.on_progress) if sampled else ())
-        trajectories = [next(shown if job.demo else played) for job in jobs]
+        return self._batch([next(shown if job.demo else played) for job in jobs])
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Begin to play with the weights as they are now, whatever they become."""
+        assert self.ahead is not None
+        self.ahead.send(jobs)
+
+    def collect(self) -> Batch:
+        """What was sent last, as a batch; waits for it."""
+        assert self.ahead is not None
+        trajectories, self.gap = self.ahead.collect(self.on_progress)
+        return self._batch(trajectories)
+
+    def free(self) -> None:
+        """Wait until the player may be used: its own engine may be taken by what was sent."""
+        if self.ahead is not None:
+            self.ahead.free()
+
+    def settle(self) -> None:
+        """Wait for what was sent, so that it can be saved. All processes call it together."""
+        if self.ahead is not None:
+            self.ahead.settle(self.on_progress)
+
+    def _batch(self, trajectories: list[Trajectory]) -> Batch:
         self.played += trajectories
         if self.facts is None:  # later batches get the same columns, so that rounds can be joined
             verdicts = [v for v in (self.sample, *(t.verdict for t in trajectories)) if v is not None]
@@ -130,14 +187,17 @@ class LMActor:
         return batch_of(trajectories, scores=self.scores, facts=self.facts, dtype=self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which scores and facts are columns, and the unfinished episodes."""
+        """Which scores and facts are columns, the unfinished episodes, and the rollout that was sent ahead."""
         carried = self.player.carried.state_dict()
-        return {"scores": self.scores, "facts": self.facts, "carried": carried}
+        ahead = self.ahead.state_dict() if self.ahead is not None else None
+        return {"scores": self.scores, "facts": self.facts, "carried": carried, "ahead": ahead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.scores, self.facts = state["scores"], state["facts"]
         self.player.carried.load_state_dict(state.get("carried", []))
+        if self.ahead is not None:
+            self.ahead.load_state_dict(state["ahead"])
 
     def judge(self, asks: Sequence[Ask]) -> Sequence[str | JudgeFailure]:
         """There is no judge behind this actor: every ask fails, typed."""

@@ -73,11 +73,17 @@ class Carried:
                 kept[key] = revived(self.waiting[key], pool.take(), limits)
         return kept
 
+    def release(self, keys: Sequence[Key], pool: EnvPool) -> None:
+        """Let go of the environments of these episodes, which go on elsewhere from their records."""
+        for key in keys:
+            if key in self.live:
+                pool.give(self.live.pop(key).env, broken=False)
+
     def put(
         self,
         jobs: Sequence[Job],
         played: Sequence[Trajectory],
-        homes: Sequence[int],
+        homes: Sequence[int | None],
         kept: Kept,
         options: Mapping[str, Any],
     ) -> None:
@@ -94,8 +100,7 @@ class Carried:
             waiting.age += 1
             if waiting.age > 1:
                 del self.waiting[key]
-                if key in self.live:
-                    pool.give(self.live.pop(key).env, broken=False)
+                self.release([key], pool)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Records as tensors and plain values."""
