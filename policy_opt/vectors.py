@@ -198,6 +198,11 @@ class Trace:
         alone = (dataclasses.replace(term, coef=1.0),)
         return Loss.of(alone, self.batch, self.ctx, torch.float64).cotangents(self.streams, self.batch)
 
+    def weighted(self, *names: str) -> Tensor:
+        """The share of some terms in the loss."""
+        terms = [term for term in self.recipe.terms if term.name in names]
+        return torch.stack([term.factor(self.ctx) * self.term(term.name)[0] for term in terms]).sum()
+
     def stepped(self) -> Ctx:
         """The context after one optimizer step on this case, as `after_step` of the parts leaves it."""
         ctx = dataclasses.replace(self.ctx, states=copy.deepcopy(self.ctx.states), metrics={})

@@ -8,8 +8,9 @@ off it, without importance weights.
     L    = scale mean_g 1/(k-1) sum_{i>j in g} (Rb_i - Rb_j)^2                   k members of the group
     dL/du_i = -2 beta scale/G A_i,    A_i = k/(k-1) (Rb_i - mean_g Rb)           RLOO on the regularised reward
 
-`scale=unit` is 1 / (2 beta): the gradient is then RLOO's. With k = 2 and R = +-1/2 it is IPO. A group of one has no
-pair: it adds 0, and counts in G.
+`--set terms.scale=unit` is 1 / (2 beta): the gradient is then RLOO's. With k = 2 and R = +-1/2 it is IPO. A group of
+one has no pair: it adds 0, and counts in G. There is no other form: the sources name no mean over pairs instead of
+prompts, no division of u by length, no clip; tokens of tools are outside u.
 """
 
 from dataclasses import dataclass

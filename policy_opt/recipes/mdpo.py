@@ -11,14 +11,19 @@ language-model form is a specialisation of this project. `--set variant=exact` s
 against a snapshot of the policy; `--set variant=critic` is the paper's on-policy method with it: GAE, advantages
 standardised over the batch, a clipped value loss. `--set terms.kl.loss=mdpo.tsallis(q=1.5)` is the Tsallis form.
 
-Off-policy (for policies over few actions; the parts alone, as a run needs a Q critic):
+Off-policy, of which the parts alone stand below, for golden numbers and for a loop of one's own:
 
     L     = E_s sum_a pi (kappa log pi + (lambda - kappa) log pi_old - Q_1)
     V(s)  = sum_a pi (min(Q_1, Q_2) - lambda log pi),     y = r + gamma (1 - d) V_target(s')
 
+No run of it: it is a method for control. It wants two Q critics with a number per action, a target of V and a replay
+of single transitions, none of which a policy over a vocabulary has; `mdpo.soft_improvement` is refused where nothing
+writes q1_BTA. Not covered either: Gaussian policies, with their penalty on mean and deviation.
+
 The authors' t_k uses (k - 1) from k = 0, so that its first value is 1 + 1/K; here it starts at 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +36,7 @@ from policy_opt.batch import Batch
 from policy_opt.controllers import InverseAnnealed
 from policy_opt.gates import Gated
 from policy_opt.logit_cases import one_state_per_row, play
-from policy_opt.need import LOGP, LOGP_OLD, Need, TopKIds, TopKLogProb
+from policy_opt.need import LOGP, LOGP_OLD, Need, TopKIds, TopKLogProb, When
 from policy_opt.options import assign
 from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
@@ -39,7 +44,7 @@ from policy_opt.schedule import Schedule, Step
 from policy_opt.surrogates import Streams
 from policy_opt.terms import Term
 from policy_opt.trust import SampledKL
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,15 @@ class Tsallis(Part):
         return ((power * s["logp_BT"]).exp() - (power * b["logp_old_BT"]).exp()) / power
 
 
-def by_action(top_BTK: Tensor, ids_BTK: Tensor) -> Tensor:
-    """Log-probs in the order of the actions, from all of them in the order of their size."""
-    return torch.zeros_like(top_BTK).scatter(-1, ids_BTK, top_BTK)
+def distribution(name: str, actions: int, when: When) -> tuple[Need, Need]:
+    """Log-probs of all actions, and which they are; ids are no stream, so those of the loss are taken at the step."""
+    ids = Need(f"{name}_ids_BTK", TopKIds(actions), when="step" if when == "loss" else when)
+    return Need(f"{name}_BTK", TopKLogProb(actions), when=when), ids
+
+
+def logp_of_actions(name: str, values: Mapping[str, Tensor] | Batch, b: Batch) -> Tensor:
+    """The former in the order of the actions: [B, T, A]."""
+    return torch.zeros_like(values[f"{name}_BTK"]).scatter(-1, b[f"{name}_ids_BTK"], values[f"{name}_BTK"])
 
 
 @dataclass(frozen=True)
@@ -84,24 +95,18 @@ class SoftImprovement(Part):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        most, ids = TopKLogProb(self.actions), TopKIds(self.actions)
-        old = Need("top_old_BTK", most), Need("top_old_ids_BTK", ids)
-        return Need("top_BTK", most, when="loss"), Need("top_ids_BTK", ids, when="step"), *old
+        return *distribution("top", self.actions, "loss"), *distribution("top_old", self.actions, "rollout")
 
     reads = frozenset({"q1_BTA"})
 
-    def old(self, b: Batch) -> Tensor:
-        """log pi_old of every action: [B, T, A]."""
-        return by_action(b["top_old_BTK"], b["top_old_ids_BTK"])
-
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        logp_BTA = by_action(s["top_BTK"], b["top_ids_BTK"])
-        cost_BTA = self.kl_coef * logp_BTA + (self.entropy_coef - self.kl_coef) * self.old(b) - b["q1_BTA"]
+        logp_BTA, old_BTA = logp_of_actions("top", s, b), logp_of_actions("top_old", b, b)
+        cost_BTA = self.kl_coef * logp_BTA + (self.entropy_coef - self.kl_coef) * old_BTA - b["q1_BTA"]
         return (logp_BTA.exp() * cost_BTA).sum(-1)
 
     def optimum(self, b: Batch) -> Tensor:
         """The policy that minimises it: exp((Q_1 + (kappa - lambda) log pi_old) / kappa), normalised: [B, T, A]."""
-        goal_BTA = b["q1_BTA"] + (self.kl_coef - self.entropy_coef) * self.old(b)
+        goal_BTA = b["q1_BTA"] + (self.kl_coef - self.entropy_coef) * logp_of_actions("top_old", b, b)
         return (goal_BTA / self.kl_coef).softmax(-1)
 
 
@@ -119,14 +124,13 @@ class SoftTargets(Part):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        most, ids = TopKLogProb(self.actions), TopKIds(self.actions)
-        return Need("top_now_BTK", most, when="step"), Need("top_ids_BTK", ids, when="step")
+        return distribution("top_now", self.actions, "step")
 
     reads = frozenset({"q1_BTA", "q2_BTA", "step_reward_BT", "done_BT", "next_value_BT"})
     writes = frozenset({"v_target_BT", "q_target_BT"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        logp_BTA = by_action(b["top_now_BTK"], b["top_ids_BTK"])
+        logp_BTA = logp_of_actions("top_now", b, b)
         value_BTA = torch.minimum(b["q1_BTA"], b["q2_BTA"]) - self.entropy_coef * logp_BTA
         later_BT = self.gamma * (1 - b["done_BT"]) * b["next_value_BT"]
         return b.put(v_target_BT=(logp_BTA.exp() * value_BTA).sum(-1), q_target_BT=b["step_reward_BT"] + later_BT)
@@ -150,11 +154,6 @@ def tsallis(recipe: Recipe, q: float) -> Recipe:
 def either(sampled, categorical):
     """An output of the forms with sampled tokens, or of those with whole distributions."""
     return lambda t: categorical(play(t)) if "logits_new" in t.inputs else sampled(t)
-
-
-def improvement(t: Trace) -> SoftImprovement:
-    """The off-policy form's surrogate."""
-    return t.recipe.terms[0].loss
 
 
 recipe = Recipe(
@@ -207,7 +206,7 @@ recipe = Recipe(
             "ratio": lambda t: play(t).reports["ratio"][:, 0],
             "v_target": lambda t: play(t).batch["v_target_BT"][:, 0],
             "q_target": lambda t: play(t).batch["q_target_BT"][:, 0],
-            "closed_form_optimum_probs": lambda t: improvement(t).optimum(play(t).batch)[:, 0],
+            "closed_form_optimum_probs": lambda t: t.recipe.terms[0].loss.optimum(play(t).batch)[:, 0],
         },
     ),
 )

@@ -13,16 +13,15 @@ depend on how many tokens an action takes (Bellman backup with action decomposit
 
 `--set variant=ntpo` is the naive form that the paper argues against: gamma at every token. lambda decays per
 token, as in the authors' code; `advantage.lam=1` decays at turns only (lambda there: `advantage.turn_lam`). The
-authors' code takes mean and deviation of A over entries that are not exactly 0: `advantage.over=nonzero`.
+authors' code takes mean and deviation of A over entries that are not exactly 0: `advantage.over=nonzero`. It
+also stores windows of episodes, and V of the state after a window: `advantage.after=value`, for an actor that
+delivers finished_B and bootstrap_B. Ours play episodes to their end, so it is refused here; where a budget cuts
+them (`curriculum.resume=True`), `advantage.after=repeat` takes V of the last token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
-
+from policy_opt.action_cases import by_action, one_episode_per_row
 from policy_opt.advantages import GAE, Whiten
 from policy_opt.aggregate import TokenMean
 from policy_opt.recipe import Recipe
@@ -32,58 +31,10 @@ from policy_opt.surrogates import Clip, ClippedValue, EarlyStop, NegativeEntropy
 from policy_opt.terms import Term
 from policy_opt.vectors import Trace, Vectors
 
-CELLS = ("values_old", "values_new", "logp_new", "logp_old", "entropy", "mask")
-
-
-def episodes(continues: Sequence[float]) -> list[list[int]]:
-    """Actions of each episode: the file holds one stream of actions, cut where `continues` is 0."""
-    found: list[list[int]] = [[]]
-    for action, goes_on in enumerate(continues):
-        found[-1].append(action)
-        if not goes_on:
-            found.append([])
-    return [actions for actions in found if actions]
-
-
-def rows(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A case's actions [N, T] as episodes, one row each: an episode's actions stand one after the other."""
-    played, T = episodes(given["continues"]), len(given["mask"][0])
-    width = T * max(map(len, played))
-
-    def row(actions: list[int], cells: Sequence[Sequence[Any]]) -> list[Any]:
-        flat = [x for i in actions for x in cells[i]]
-        return flat + [0] * (width - len(flat))
-
-    last = [max((j for j in range(T) if m[j]), default=-1) for m in given["mask"]]
-    paid = [[float(r) * (j == k) for j in range(T)] for r, k in zip(given["step_rewards"], last, strict=True)]
-    turns = [[i] * T for i in range(len(last))]
-    goes_on = [given["continues"][actions[-1]] for actions in played]
-    return {
-        **{name: [row(actions, given[name]) for actions in played] for name in CELLS},
-        "token_rewards": [row(actions, paid) for actions in played],
-        "turns": [row(actions, turns) for actions in played],
-        "finished": [1 - c for c in goes_on],
-        "after": [float(given["bootstrap_value"])] * len(played),
-    }
-
-
-def actions(t: Trace, value_BT: Tensor, padding: float = 0.0) -> list[list[float]]:
-    """Tokens of rows back at their actions [N, T]; `padding` outside the mask."""
-    T = len(t.given["mask"][0])
-    masked_BT = value_BT.where(t["mask_BT"], padding)
-    places = [(e, k) for e, played in enumerate(episodes(t.given["continues"])) for k in range(len(played))]
-    return [masked_BT[e, k * T : (k + 1) * T].tolist() for e, k in places]
-
 
 def standard(t: Trace) -> list[list[float]]:
     """The whitened advantages; the authors' code takes padding through the same formula as a 0."""
-    return actions(t, t["adv_BT"], -t.ctx.metrics["adv_mean"] / (t.ctx.metrics["adv_std"] + 1e-8))
-
-
-def weighted(t: Trace, name: str) -> Tensor:
-    """A term's value times its coefficient."""
-    (coef,) = [term.coef for term in t.recipe.terms if term.name == name]
-    return coef * t.term(name)[0]
+    return by_action(t, t["adv_BT"], -t.ctx.metrics["adv_mean"] / (t.ctx.metrics["adv_std"] + 1e-8))
 
 
 def as_in_code(recipe: Recipe, algo: str) -> Recipe:
@@ -133,19 +84,19 @@ recipe = Recipe(
             "finished": ("finished_B",),
             "after": ("bootstrap_B",),
         },
-        arrange=rows,
+        arrange=one_episode_per_row,
         stages=("advantage",),
         outputs={
-            "advantages_raw": lambda t: actions(t, t.after(GAE)["adv_BT"]),
-            "returns": lambda t: actions(t, t["returns_BT"]),
+            "advantages_raw": lambda t: by_action(t, t.after(GAE)["adv_BT"]),
+            "returns": lambda t: by_action(t, t["returns_BT"]),
             "adv_mean": lambda t: t.ctx.metrics["adv_mean"],
             "adv_std": lambda t: t.ctx.metrics["adv_std"],
             "advantages_normalised": standard,
-            "policy_loss": lambda t: weighted(t, "policy") + weighted(t, "entropy"),
-            "grad_logp_new": lambda t: actions(t, t.gradient(t.total)),
+            "policy_loss": lambda t: t.weighted("policy", "entropy"),
+            "grad_logp_new": lambda t: by_action(t, t.gradient(t.total)),
             "approx_kl": lambda t: t.share("approx_kl"),
-            "value_loss": lambda t: weighted(t, "value"),
-            "grad_values_new": lambda t: actions(t, t.gradient(t.total, "values_BT")),
+            "value_loss": lambda t: t.weighted("value"),
+            "grad_values_new": lambda t: by_action(t, t.gradient(t.total, "values_BT")),
         },
     ),
 )

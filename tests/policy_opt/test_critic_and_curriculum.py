@@ -144,6 +144,14 @@ def test_value_after_the_end(seed):
     close(GAE(0.9, 0.8, after="repeat")(b, CTX)["adv_BT"], again["adv_BT"])
 
 
+def test_the_value_after_a_window_is_asked_of_the_actor_before_anything_is_played():
+    recipe = policy_opt.get("poad").set("advantage.after=value")
+    with pytest.raises(RecipeError, match=r"reads the fact `bootstrap_B`, which the environment does not deliver"):
+        recipe.check(TableActor.columns)
+    recipe.check(TableActor.columns | {"bootstrap_B"})
+    policy_opt.get("poad").set("advantage.after=repeat", "curriculum.resume=True").check(TableActor.columns)
+
+
 @quick
 @given(seed=seeds)
 def test_next_action(seed):

@@ -14,13 +14,13 @@ from policy_opt import Batch, Ctx, RecipeError
 from policy_opt.advantages import GroupCentre, GroupNorm, Whiten
 from policy_opt.aggregate import SequenceMean, TokenMean
 from policy_opt.controllers import InverseAnnealed
-from policy_opt.gates import Gated
+from policy_opt.gates import CappedWeight, Gated
 from policy_opt.recipes.dhpo import HybridClip
 from policy_opt.recipes.mdpo import SoftImprovement, SoftTargets, Tsallis
-from policy_opt.recipes.minpro import PrefixWeight
+from policy_opt.recipes.minpro import PrefixMin
 from policy_opt.recipes.real import RewardLabels
 from policy_opt.sources import Replay
-from policy_opt.surrogates import CappedWeight, Clip, Reinforce, SequenceClip
+from policy_opt.surrogates import Clip, Reinforce, SequenceClip
 from policy_opt.terms import Loss, Term
 from policy_opt.trust import (
     CapWidths,
@@ -116,7 +116,7 @@ def test_min_max_of_a_row(seed, shift, over):
 @quick
 @given(seed=seeds, scale=scales)
 def test_prefix_minimum(seed, scale):
-    b, part = with_advantage(seed), PrefixWeight()
+    b, part = with_advantage(seed), CappedWeight(gate=PrefixMin())
     logp = drift(seed, b, scale)
     found, cispo = report(part, b, logp), report(CappedWeight(1.0, 0.28), b, logp)
     for low, w, plain, mask in zip(
@@ -136,10 +136,10 @@ def test_the_prefix_may_start_anew_in_every_turn(seed, scale):
     turn = torch.tensor([0, 0, 1, 1, 1, 2]).expand(8, 6)
     b = with_advantage(seed, turn_BT=turn)
     logp = drift(seed, b, scale)
-    found = report(PrefixWeight(prefix="turn"), b, logp)["prefix_min_ratio"] * b.mask_BT
+    found = report(CappedWeight(gate=PrefixMin(prefix="turn")), b, logp)["prefix_min_ratio"] * b.mask_BT
     for t in range(3):
         alone = b.over(mask_BT=b.mask_BT & (turn == t))
-        close(report(PrefixWeight(), alone, logp)["prefix_min_ratio"] * alone.mask_BT, found * alone.mask_BT)
+        close(report(CappedWeight(gate=PrefixMin()), alone, logp)["prefix_min_ratio"] * alone.mask_BT, found * alone.mask_BT)
 
 
 # -- ETR ------------------------------------------------------------------------------------------------
@@ -296,7 +296,8 @@ def test_soft_improvement_and_its_optimum(seed, kappa, lam):
     free = SoftImprovement(kl_coef=kappa, entropy_coef=kappa)
     other = b.over(top_old_BTK=old.flip(-1))
     assert torch.equal(free({"top_BTK": old}, b), free({"top_BTK": old}, other))
-    facts = {"top_now_BTK": old, "step_reward_BT": q1[..., 0], "done_BT": torch.tensor([[0], [1], [0]])}
+    now = {"top_now_BTK": old, "top_now_ids_BTK": ids}
+    facts = {**now, "step_reward_BT": q1[..., 0], "done_BT": torch.tensor([[0], [1], [0]])}
     found = SoftTargets(gamma=0.5, entropy_coef=lam)(b.put(**facts, next_value_BT=q2[..., 0]), CTX)
     close(found["q_target_BT"][1], q1[1, :, 0])
     close(found["v_target_BT"], (old.exp() * (torch.minimum(q1, q2) - lam * old)).sum(-1))
@@ -381,7 +382,7 @@ def test_compositions_and_refusals():
     [
         lambda: HybridClip(weight=1.5),
         lambda: HybridClip(seq_clip_low=-1.0),
-        lambda: PrefixWeight(clip_high=-1.0),
+        lambda: CappedWeight(clip_high=-1.0),
         lambda: Widths(low=-0.1),
         lambda: CapWidths(most=0.0),
         lambda: MedianSignal(temperature=0.0),
