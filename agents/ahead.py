@@ -16,6 +16,7 @@ import torch
 
 from agents import store
 from agents.carried import Unfinished
+from agents.cli import UsageError
 from agents.config import AheadConfig, TrainConfig
 from agents.dist import World
 from agents.engines.base import EngineFailure, Key
@@ -283,9 +284,17 @@ def _unpacked(state: Mapping[str, Any]) -> Trajectory:
 
 
 def build(config: TrainConfig, world: World, player: Player, model: Any) -> Ahead:
-    """Where episodes are played ahead: by an engine with weights of its own in a thread, else in a process."""
+    """Where episodes are played ahead: by an engine with weights of its own in a thread, else in a process.
+
+    Raises UsageError where options do not go together.
+    """
     if player.sync is not None:
         return Ahead(player, InThread())
+    if world.sharding is not None:
+        raise UsageError(
+            "--ahead.on with FSDP: the engine hf plays with the weights of one process, and no process holds all. "
+            "Take --engine vllm, or leave out --ahead.on"
+        )
     probe = probe_ids(model.get_output_embeddings().weight.shape[0], player.limits.max_context)
     limit = _LIMITS.get(model.dtype, COARSE) if world.precision is None else COARSE
     return Ahead(player, InProcess(lambda: PlayerProcess(config, world, model), model, probe, limit))

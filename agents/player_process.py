@@ -37,7 +37,8 @@ from policy_opt.protocols import Job
 if TYPE_CHECKING:
     from agents.session import Session
 
-_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+"""Beginnings of the variables that make a process one of a launcher's group."""
 _ALIGN = 64  # bytes
 _LAST_WORDS = 2000  # characters of what it wrote that go into a message
 _TICK_S = 1.0
@@ -161,7 +162,7 @@ class PlayerProcess:
                 [sys.executable, "-c", "from agents.player_process import serve; serve()",
                  str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=self._said, stderr=subprocess.STDOUT,
-                env={k: v for k, v in os.environ.items() if k not in _GROUP} | paths,
+                env={k: v for k, v in os.environ.items() if not k.startswith(_GROUP)} | paths,
                 start_new_session=True,  # a Ctrl-C is for the run, which ends it
             )  # fmt: skip
         self._link = Connection(ours.detach())
@@ -188,10 +189,10 @@ class PlayerProcess:
 
     def close(self) -> None:
         """End it."""
-        self._link.close()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._link.close()
         with suppress(FileNotFoundError):
             os.unlink(self.weights.path)
         self._said.close()
@@ -223,6 +224,7 @@ class Stage:
     def __init__(self, session: Session, path: str, tell: Callable[[Progress], None]) -> None:
         self.session, self.player, self.tell = session, session.player, tell
         self.weights = SharedWeights(session.model, path)
+        os.unlink(path)  # both have it mapped; nothing is left behind, however they end
 
     @torch.no_grad()
     def play(self, order: Order) -> Played:
