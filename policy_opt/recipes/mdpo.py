@@ -11,7 +11,7 @@ language-model form is a specialisation of this project. `--set variant=exact` s
 against a snapshot of the policy; `--set variant=critic` is the paper's on-policy method with it: GAE, advantages
 standardised over the batch, a clipped value loss. `--set terms.kl.loss=mdpo.tsallis(q=1.5)` is the Tsallis form.
 
-Off-policy, of which the parts alone stand below, for golden numbers and for a loop of one's own:
+Off-policy (the parts alone, for golden numbers and for a loop of one's own):
 
     L     = E_s sum_a pi (kappa log pi + (lambda - kappa) log pi_old - Q_1)
     V(s)  = sum_a pi (min(Q_1, Q_2) - lambda log pi),     y = r + gamma (1 - d) V_target(s')
