@@ -10,6 +10,33 @@ from agents.config import WorkerConfig
 from agents.episode import MakeEnv
 
 
+def lived(config: WorkerConfig, workers: int, share: int) -> list[str]:
+    """Where environments live, as a note for the display, if not in this process.
+
+    Args:
+        workers: how many in all.
+        share: how many of them serve this process.
+    """
+    if not workers:
+        return []
+    where = "processes of this machine" if config.ray is None else f"actors of the Ray cluster {config.ray}"
+    own = "" if share == workers else f", {share} for each process of the run"
+    return [
+        f"environments: {workers} workers{own} ({where}), {config.memory_gib:g} GiB and {config.timeout_s:g} s a step"
+    ]
+
+
+def losses(make_env: MakeEnv) -> int:
+    """How many workers were lost so far; 0 where there are none."""
+    return sum(getattr(make_env, "losses", {}).values())
+
+
+def news(make_env: MakeEnv) -> list[str]:
+    """What became of workers since this was last asked, in words."""
+    tell = getattr(make_env, "news", None)
+    return tell() if tell is not None else []
+
+
 def env_maker(
     spec: str, arguments: Mapping[str, Any], workers: int = 0, worker: WorkerConfig | None = None
 ) -> MakeEnv:
