@@ -78,6 +78,10 @@ class EvalCommand:
     """Seconds that a server may take for one turn."""
     retries: Count = 2
     """Further attempts after a server's time-out, lost connection or refusal for load."""
+    tokenizer: str | None = None
+    """Of a vLLM server: play with token ids instead of text, made with the tokenizer of this model (bundled, a run or
+    model folder, or a Hugging Face id), exactly as in training and with a local model; none: text, which every
+    server understands."""
     native_tools: bool = True
     """Offer tools in the server's own form; off: describe them in the system message."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -193,6 +197,8 @@ def build_player(command: EvalCommand, spec: str, make_env: MakeEnv) -> Player:
     limits = Limits(command.max_turns, command.max_new_tokens, command.max_context)
     if spec.startswith("scripted:"):
         return _scripted(spec.partition(":")[2], make_env, limits)
+    if spec.startswith(("http://", "https://")) and command.tokenizer is not None:
+        return _tokens_of_server(command, spec, make_env, params, limits)
     if spec.startswith(("http://", "https://")):
         from agents.engines.endpoint import Endpoint, EndpointConfig
 
@@ -215,6 +221,27 @@ def _scripted(name: str, make_env: MakeEnv, limits: Limits) -> Player:
     finally:
         env.close()
     return TextPlayer(make_env, Scripted(name), limits)
+
+
+def _tokens_of_server(
+    command: EvalCommand, spec: str, make_env: MakeEnv, params: SampleParams, limits: Limits
+) -> Player:
+    """A server's model, fed with token ids as a local model is."""
+    from agents.actor import Player as TokenPlayer
+    from agents.chat import ChatFormat
+    from agents.config import VllmConfig
+    from agents.engines.vllm_server import ServerEngine
+    from agents.models import load_tokenizer
+
+    tokenizer, vocab_size = load_tokenizer(str(command.tokenizer))
+    chat = ChatFormat(tokenizer, vocab_size=vocab_size)
+    settings = VllmConfig(servers=(spec,), timeout_s=command.timeout_s, retries=command.retries)
+    engine = ServerEngine(
+        settings, carries="nothing", stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params,
+        rows=command.rows,
+    )  # fmt: skip
+    engine.max_context = min(limits.max_context, engine.max_context)
+    return TokenPlayer(make_env, chat, engine, limits, command.seed)
 
 
 def _local(

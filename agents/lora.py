@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,24 +129,23 @@ def fingerprint(model: nn.Module) -> str:
 # ---------------------------------------------------------------------- for others to use
 
 
-def merged_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the plain model that computes the same, layer by layer; nothing is kept in memory."""
-    adapted = layers(model)
-    for name, tensor in model.state_dict().items():
-        path, _, leaf = name.rpartition(".base_layer.")
-        if path in adapted:
-            yield f"{path}.{leaf}", weight_of(adapted[path]).detach() if leaf == "weight" else tensor
-        elif not any(part in ("lora_A", "lora_B") for part in name.split(".")):
-            yield name, tensor
-
-
 def merged(model: Any) -> Any:
     """A plain model that computes the same; whatever has no adapter is shared with `model`."""
+    return _plain(model, lambda layer: nn.Parameter(weight_of(layer).detach(), requires_grad=False))
+
+
+def without(model: Any) -> Any:
+    """The plain model under the adapters, its tensors shared with `model`."""
+    return _plain(model, lambda layer: layer.base_layer.weight)
+
+
+def _plain(model: Any, weight: Callable[[Any], nn.Parameter]) -> Any:
+    """A model without adapters that shares its tensors with `model`, but for the weights of adapted layers."""
     everything = (*model.parameters(), *model.buffers())
     plain = copy.deepcopy(model, {id(t): t for t in everything})
     for name, layer in layers(plain).items():
         base = layer.base_layer
-        base.weight = nn.Parameter(weight_of(layer).detach(), requires_grad=False)
+        base.weight = weight(layer)
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, base)
     del plain.peft_config

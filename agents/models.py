@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from agents import lora
 from agents.cli import UsageError
+from agents.sharding import full
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -28,6 +29,21 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     if model.get_output_embeddings() is None:
         raise UsageError(f"{spec}: {type(model).__name__} has no language-model head")
     return model.to(dtype).eval(), tokenizer
+
+
+def load_tokenizer(spec: str) -> tuple[Any, int]:
+    """The tokenizer of what `load_model` loads, and the size of that model's vocabulary; UsageError likewise."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from agents import bundled
+
+    place = locate(spec) or str(bundled.path())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        return tokenizer, int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UsageError(f"cannot load the tokenizer of `{spec}`: {first}") from error
 
 
 def locate(spec: str) -> str | None:
@@ -89,7 +105,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(full(tensor).detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -83,8 +83,8 @@ class Playing:
         episode, stop = self.episode, self.said.stop
         if episode.over or self.cut:
             return
-        if stop == "context":
-            episode.finish("context")
+        if stop == "context" or stop.startswith("error:"):
+            episode.finish(stop)
             return
         new = len(episode.obs["messages"])
         history, messages = episode.messages[: len(episode.messages) - new], episode.obs["messages"]

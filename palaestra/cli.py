@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": ("agents.compare", "recipes against each other: same tasks and budget, paired intervals, a picture"),
     "sft": ("agents.sft", "imitation on demonstrations or stored trajectories"),
     "view": ("agents.view", "one self-contained HTML report of a run"),
+    "serve": ("agents.serve", "a vLLM server that training and evaluation can use"),
     "export": ("agents.export", "a run's trajectories as JSON lines"),
     "envs": ("envs", "every environment with its card; `envs check SPEC`"),
     "recipes": ("policy_opt", "every recipe with its row"),

@@ -217,9 +217,10 @@ def test_merged_equals_adapted(config):
     assert not lora.layers(plain) and not hasattr(plain, "peft_config")
     torch.testing.assert_close(logits(plain), want, rtol=0, atol=1e-5 * float(want.abs().max()))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()), "the model itself is as before"
-    state = dict(lora.merged_state(model))
-    assert state.keys() == plain.state_dict().keys()
-    assert all(torch.equal(t, state[n]) for n, t in plain.state_dict().items())
+    bare = lora.without(model)
+    assert not lora.layers(bare) and torch.equal(logits(bare), logits(qwen3(VOCAB, torch.float32)))
+    assert not {id(p) for p in bare.parameters()} - {id(p) for p in model.parameters()}
+    assert plain.state_dict().keys() == qwen3(VOCAB, torch.float32).state_dict().keys()
 
 
 def test_a_run_leaves_a_merged_model_and_an_adapter_folder(model_folder, tmp_path):  # noqa: F811
