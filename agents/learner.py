@@ -15,14 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from agents.activations import recomputed
+from agents.activations import can_recompute, recomputed
 from agents.bank import Bank, Member
+from agents.cli import UsageError
 from agents.config import OptimConfig
 from agents.dist import World
 from agents.forward import Convention
 from agents.memory import Gradients, in_halves
-from agents.packed import can_pack
-from agents.packing import Chunk, Part, plan
+from agents.packed import can_pack, kernel
+from agents.packing import Chunk, Part, idle, plan
 from agents.pairing import mismatched
 from agents.prefix import can_share
 from agents.streams import SCALARS, Models, Piece, Streams, Work, backward
@@ -49,7 +50,7 @@ class LMLearner:
 
     Attributes:
         version: optimizer steps so far.
-        oom_splits: micro-batches so far that were halved for want of memory, in this process.
+        oom_splits: micro-batches of this process that were halved for want of memory, not yet counted.
         streams: what the last backward pass saw, `[B, T]` by name.
     """
 
@@ -67,7 +68,7 @@ class LMLearner:
     ):
         self.model = model
         self.world = world or World()
-        self.bank = Bank(model, config or OptimConfig())
+        self.bank = Bank(model, config or OptimConfig(), self.world)
         self.models = Models(self.bank, convention or Convention(), self.world)
         self.micro_tokens, self.share, self.packing, self.recompute = micro_tokens, share, packing, recompute
         self.oom_splits = 0
@@ -85,6 +86,32 @@ class LMLearner:
         self.bank.prepare(models, optimizer)
         for need in needs:
             self.models.check(need)
+
+    def settle(self) -> tuple[str, ...]:
+        """Try what the policy can do of the options: notes on what was chosen. UsageError on what it cannot."""
+        name, notes = type(self.model).__name__, []
+        packs = self.packing != "never" and self.packs(self.bank.policy)
+        if self.packing == "always" and not packs:
+            raise UsageError(f"--packing always: {name} attends otherwise than packed rows can: leave the option out")
+        if self.packing == "auto" and not packs:
+            notes.append(f"rows are padded, not packed end to end: {name} attends otherwise")
+        if packs and self.device.type != "cpu":
+            used = kernel(self.device, self.world.precision or self.model.dtype)
+            notes.append(f"rows are packed end to end where that saves work; attention by {used}")
+        if self.recompute:
+            with self.bank.policy.whole() as model:
+                if not can_recompute(model):
+                    raise UsageError(
+                        f"--recompute: the layers of {name} cannot be computed again: leave the option out"
+                    )
+        if self.recompute and not packs and self.share:
+            notes.append("--recompute: the openings of padded rows are computed with every row")
+        return tuple(notes)
+
+    def count_splits(self) -> int:
+        """Micro-batches that were halved since the last call, in all processes; all of them call this."""
+        count, self.oom_splits = sum(self.world.gather(self.oom_splits)), 0
+        return count
 
     # ------------------------------------------------------------------ needs
 
@@ -138,7 +165,7 @@ class LMLearner:
             work = Work(self.models, b, chunk)
             for part in chunk.parts:
                 live = Piece(work, part, self.device).streams(needs)
-                cotangents = pull(part.rows_R, _show(live, part, out))
+                cotangents = self._cotangents(live, part, pull, out)
                 grads.begin()
                 backward(live, cotangents)
             work.push()
@@ -154,9 +181,26 @@ class LMLearner:
     def _through(
         self, b: Batch, chunks: Sequence[Chunk], work: Callable[[Chunk], None], grads: Gradients | None = None
     ) -> None:
-        """Work on all chunks, in halves where memory does not suffice; NoRoom where a row alone is too much."""
+        """Work on all chunks, in halves where memory does not suffice; NoRoom where a row alone is too much.
+
+        Where models are split over processes, all make the same number of passes.
+        """
+        if self.world.sharding is not None:
+            chunks = [*chunks, *[idle(b)] * (max(self.world.gather(len(chunks))) - len(chunks))]
         length_B = b.real_BT.sum(1).tolist()
-        self.oom_splits += in_halves(chunks, length_B, work, grads.undone if grads else lambda: False)
+        undone = grads.undone if grads else lambda: False
+        try:
+            self.oom_splits += in_halves(chunks, length_B, work, undone, alone=self.world.sharding is None)
+        finally:
+            self.bank.rest()
+
+    def _cotangents(self, live: Streams, part: Part, pull: Pull, out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `pull` says of some rows. In split models every stream has its backward pass, on every process."""
+        shown = _show(live, part, out)
+        found = {} if part.idle else pull(part.rows_R, shown)
+        if self.world.sharding is None:
+            return found
+        return {name: found[name] if name in found else torch.zeros_like(shown[name]) for name in shown}
 
     def _guess_busy(self, b: Batch, needs: Sequence[Need], pull: Pull) -> Tensor:
         """`[B]`: rows that would have a gradient if the policy were still the sampler's."""
@@ -179,7 +223,7 @@ class LMLearner:
         def look(chunk: Chunk) -> None:
             work = Work(self.models, b, chunk)
             pulls = [
-                pull(part.rows_R, _show(Piece(work, part, self.device).streams(needs), part, out))
+                self._cotangents(Piece(work, part, self.device).streams(needs), part, pull, out)
                 for part in chunk.parts
             ]
             if any(bool(cotangent.any()) for found in pulls for cotangent in found.values()):
@@ -232,14 +276,14 @@ class LMLearner:
     def packs(self, member: Member) -> bool:
         """Whether a model can take rows end to end, tried once on the very model."""
         if member.packs is None:
-            with self.world.autocast():
-                member.packs = can_pack(member.model)
+            with self.world.autocast(), member.whole() as model:
+                member.packs = can_pack(model)
         return member.packs
 
     def shares(self, member: Member) -> bool:
         """Whether a model can compute an opening once for several padded rows, tried once."""
         if member.shares is None:
-            member.shares = can_share(member.model)
+            member.shares = member.sharded is None and can_share(member.model)
         return member.shares
 
     def _blank(self, b: Batch, needs: Sequence[Need]) -> dict[str, Tensor]:
@@ -277,6 +321,7 @@ def _show(live: Streams, part: Part, out: Mapping[str, Tensor]) -> dict[str, Ten
         whole = out[name]
         spread = whole.new_zeros((len(part.rows_R), *whole.shape[1:]))
         spread[at.row_N.to(whole.device), at.time_N.to(whole.device)] = value.detach().to(whole)
-        whole[part.rows_R] = spread
+        if not part.idle:
+            whole[part.rows_R] = spread
         shown[name] = spread
     return shown

@@ -19,13 +19,23 @@ from agents.packing import Chunk, halves
 
 
 class NoRoom(RuntimeError):
-    """Memory does not suffice even for one row alone."""
+    """Memory does not suffice, and there is nothing left to halve."""
 
-    def __init__(self, tokens: int):
-        super().__init__(
+    @classmethod
+    def alone(cls, tokens: int) -> NoRoom:
+        """For one row."""
+        return cls(
             f"a row of {tokens:,} tokens does not fit into memory, alone in its micro-batch (so that a smaller "
             "--micro-tokens does not help): --recompute takes less memory for a third more time, where it is not on "
             "yet, and a new run with a smaller --rollout.max-context has shorter rows"
+        )
+
+    @classmethod
+    def together(cls, tokens: int) -> NoRoom:
+        """For a pass that all processes make together."""
+        return cls(
+            f"a micro-batch of {tokens:,} tokens does not fit into memory, and a process cannot halve it alone while "
+            "weights are split over processes: give a smaller --micro-tokens, or --recompute"
         )
 
 
@@ -34,24 +44,28 @@ def in_halves(
     length_B: Sequence[int],
     work: Callable[[Chunk], None],
     undone: Callable[[], bool] = lambda: False,
+    alone: bool = True,
 ) -> int:
     """Do the work of all chunks, those that memory does not suffice for in halves; how often one was halved.
 
     Args:
         work: leaves nothing behind where it fails, or says so:
         undone: called after a failure; True: the work of all chunks has been thrown away.
+        alone: no other process takes part in this work.
 
     Raises:
-        NoRoom: where a row stands alone already.
+        NoRoom: where a row stands alone already, or this process does not.
     """
     todo, done, splits = list(chunks), 0, 0
     while done < len(todo):
         if _fits(work, todo[done]):
             done += 1
             continue
+        if not alone:
+            raise NoRoom.together(todo[done].fed(length_B))
         smaller = halves(todo[done], length_B)
         if not smaller:
-            raise NoRoom(length_B[int(todo[done].rows_R[0])])
+            raise NoRoom.alone(length_B[int(todo[done].rows_R[0])])
         todo[done : done + 1] = smaller
         splits += 1
         if undone():
