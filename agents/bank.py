@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,8 +16,11 @@ from agents import lora, optim
 from agents.config import OptimConfig
 from agents.critic import Critic, trunk_of
 from agents.dist import World
+from agents.sharding import Sharded, collect, local, total_norm
 from policy_opt.bank import ModelSpec, Optim
 from policy_opt.errors import RecipeError, unknown
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,12 +43,25 @@ class Member:
     """Whether it can compute an opening once for several padded rows; None: not tried yet."""
     packs: bool | None = None
     """Whether it can take rows end to end; None: not tried yet."""
+    sharded: Sharded | None = None
+    """How it is split over the processes; None: it is whole."""
 
     def rate(self) -> float:
         """Learning rate of the next step, warm-up included."""
         warm = min(1.0, (self.steps + 1) / self.config.warmup) if self.config.warmup else 1.0
         assert self.config.lr is not None  # the bank resolves it
         return self.config.lr * warm
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do work that uses the model's trunk and head; what is to have a gradient must be returned, and be no view."""
+        return work() if self.sharded is None else self.sharded(work)
+
+    def whole(self, device: str | None = None) -> AbstractContextManager[Any]:
+        """The model, or where it is split over processes an equal one with whole weights; all of them call this.
+
+        device: where whole weights go; None: beside the split ones.
+        """
+        return nullcontext(self.model) if self.sharded is None else self.sharded.gathered(device)
 
     def parameters(self) -> list[nn.Parameter]:
         """What its optimizer steps."""
@@ -60,15 +77,18 @@ class Member:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        world.sum_(grads)
-        norm = float(torch.nn.utils.get_total_norm(grads))
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        if self.sharded is None:
+            world.sum_(grads)
+        norm = total_norm(grads, split=self.sharded is not None)
         if math.isfinite(norm) and norm > 0:
             if 0 < self.config.clip < norm:
                 torch._foreach_mul_(grads, self.config.clip / norm)
             assert self.optimizer is not None
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate() * lr_scale
+            if self.sharded is not None:
+                optim.hand_over(self.optimizer, self.model)
             self.optimizer.step()
         self.steps += 1
         for p in parameters:
@@ -79,11 +99,12 @@ class Member:
 class Bank:
     """Models by name; `policy` is always there."""
 
-    def __init__(self, policy: Any, config: OptimConfig):
+    def __init__(self, policy: Any, config: OptimConfig, world: World | None = None):
+        self.sharding = world.sharding if world else None
         self.config = optim.resolved(config, policy)
         self.base = lora.frozen(policy)
         self.members: dict[str, Member] = {
-            "policy": Member(policy, self.config, optim.build(policy, self.config))
+            "policy": self._member(policy, self.config, trained=True)
         }
 
     def __getitem__(self, name: str) -> Member:
@@ -109,23 +130,38 @@ class Bank:
             elif self.members[name].spec != spec:
                 raise RecipeError(f"model `{name}` of the bank is declared twice: {self.members[name].spec}, {spec}")
 
+    def _member(
+        self, model: Any, config: OptimConfig, trained: bool, spec: ModelSpec | None = None, own: Optim | None = None
+    ) -> Member:
+        """A model, split over the processes where the run's are, with its optimizer."""
+        sharded = self.sharding.shard(model) if self.sharding else None
+        optimizer = optim.build(model, config, own) if trained else None
+        return Member(model, config, optimizer, spec, own, sharded=sharded)
+
+    def rest(self) -> None:
+        """No pass is under way: what split models gathered for one is let go."""
+        for member in self.members.values():
+            if member.sharded is not None:
+                member.sharded.rest()
+
     def _build(self, name: str, spec: ModelSpec) -> Member:
-        policy = self.policy.model
+        with self.policy.whole("cpu") as policy:
+            model = self._made(name, spec, policy)
+        if spec.optimizer is None:
+            return self._member(model.requires_grad_(False), self.config, False, spec)
+        return self._member(model, _merged(spec.optimizer, self.config), True, spec, spec.optimizer)
+
+    def _made(self, name: str, spec: ModelSpec, policy: Any) -> Any:
         if spec.role == "critic":
-            model: Any = Critic(policy, self.base)
-        elif spec.role == "copy" and spec.source == "policy":
-            model = lora.twin(policy, self.base)
-        elif spec.role in ("copy", "teacher", "reward"):
+            return Critic(policy, self.base)
+        if spec.role == "copy" and spec.source == "policy":
+            return lora.twin(policy, self.base)
+        if spec.role in ("copy", "teacher", "reward"):
             from agents.models import load_model
 
             weight = next(policy.parameters())
-            model = load_model(spec.source, weight.dtype)[0].to(weight.device)
-        else:
-            raise RecipeError(f"model `{name}` of the bank: a language-model learner cannot build a {spec.role}")
-        if spec.optimizer is None:
-            return Member(model.requires_grad_(False), self.config, None, spec)
-        own = _merged(spec.optimizer, self.config)
-        return Member(model, own, optim.build(model, own, spec.optimizer), spec, spec.optimizer)
+            return load_model(spec.source, weight.dtype)[0].to(weight.device)
+        raise RecipeError(f"model `{name}` of the bank: a language-model learner cannot build a {spec.role}")
 
     @cached_property
     def fingerprint(self) -> str | None:
@@ -141,13 +177,17 @@ class Bank:
         for old, new in zip(target.parameters(), source.parameters(), strict=True):
             if old is new:  # a base weight under adapters
                 continue
+            old, new = local(old), local(new)
             old.copy_(new) if decay == 0 else old.mul_(decay).add_(new, alpha=1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer states and counters of every model; of base weights under adapters their fingerprint."""
+        """Weights, optimizer states and counters of every model; of base weights under adapters their fingerprint.
+
+        Where models are split over the processes, all of them call this, and the first one gets the tensors.
+        """
         return {
             name: {
-                "model": {n: t.detach() for n, t in lora.own_state(m.model, self.base).items()},
+                "model": {n: collect(t.detach()) for n, t in lora.own_state(m.model, self.base).items()},
                 "base": self.fingerprint if name == "policy" else None,
                 "optimizer": optim.state_of(m.optimizer, m.model) if m.optimizer is not None else None,
                 "steps": m.steps,

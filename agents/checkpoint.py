@@ -27,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from agents.sharding import put
+
 FORMAT, VERSION = "palaestra-checkpoint", 1
 _NAME = re.compile(r"step-(\d{8,})$")
 
@@ -222,4 +224,4 @@ def load_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: P
                 f"{tuple(own[name].shape)} here"
             )
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        put(tensor, state[name])

@@ -81,8 +81,8 @@ def _fits(work: Callable[[Chunk], None], chunk: Chunk) -> bool:
             raise
     else:
         return True
-    gc.collect()  # the error is gone, and with it the frames that held the activations
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # the error is gone, and with it the frames that held the activations
+        gc.collect()
         torch.cuda.empty_cache()
     return False
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from agents import lora
 from agents.cli import UsageError, nearest
 from agents.config import OptimConfig
 from agents.models import is_tiny
+from agents.sharding import local, part_of, whole_like
 from policy_opt.bank import OPTIMIZERS, Optim
 from policy_opt.errors import RecipeError
+from policy_opt.optimizers.kappa import L1, HalfSq, Huber, L1Threshold
+from policy_opt.optimizers.stosignsgd import SignConversion
 from policy_opt.options import part
 
 ADAPTERS = 10
@@ -37,19 +41,73 @@ def build(model: nn.Module, config: OptimConfig, own: Optim | None = None) -> to
     """The optimizer over a model's trainable parameters, by name, so that noise is a function of the name.
 
     own: the wish of a recipe, in place of what the configuration names; its rate and decay stand in `config` already.
-    UsageError on an unknown name or option.
+    Of a model that is split over processes it steps the rows that this one holds (`hand_over`).
+    UsageError on an unknown name or option, RecipeError where rows alone do not tell what the step is.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    wanted = own or described(config)
+    split = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    if split and not by_element(wanted):
+        raise RecipeError(
+            f"{wanted.name} steps whole tensors, and with FSDP no process holds one; take an optimizer that works "
+            f"element by element, {', '.join(sorted(BY_ELEMENT))}, or DDP"
+        )
+    trained = [
+        (name, nn.Parameter(local(p)) if name in split else p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
     groups = [
-        {"params": [(n, p) for n, p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [(n, p) for n, p in named if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(n, p) for n, p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [(n, p) for n, p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     rate = resolved(config, model).lr
     assert rate is not None
-    return replace(own or described(config), lr=rate).build(
+    built: Any = replace(wanted, lr=rate).build(
         [g for g in groups if g["params"]], rate, config.seed or 0,
         fused=all(p.is_floating_point() for p in model.parameters()),
     )  # fmt: skip
+    if split and isinstance(getattr(built, "direction", None), SignConversion):
+        built.direction = replace(built.direction, noise=_Rows(built.direction.noise, split))
+    return built
+
+
+BY_ELEMENT = frozenset(
+    "adadelta adagrad adam adamax adamw asgd lion lion_k momentum nadam radam rmsprop rprop sgd stosignsgd".split()
+)
+"""Optimizers whose step of a number depends on that number's gradients alone (lion_k: with most of its functions)."""
+
+
+def by_element(optim: Optim) -> bool:
+    """Whether rows of a tensor can be stepped without the others."""
+    inner = optim.direction is None or by_element(optim.direction)
+    return optim.name in BY_ELEMENT and isinstance(optim.kappa, (type(None), L1, L1Threshold, Huber, HalfSq)) and inner
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Noise of the rows that this process holds: those of the whole tensor's, whatever the number of processes."""
+
+    noise: Callable[[str, int, Tensor], Tensor]
+    split: Mapping[str, Tensor]
+
+    def __call__(self, name: str, step: int, like: Tensor) -> Tensor:
+        parameter = self.split[name]
+        return part_of(self.noise(name, step, like.new_empty(parameter.shape)), parameter)
+
+
+def steps(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """What it steps, by the names that the model knows."""
+    for group in optimizer.param_groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def hand_over(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give the optimizer the gradients of the rows that this process holds of a split model."""
+    parameters = dict(model.named_parameters())
+    for name, rows in steps(optimizer):
+        whole = parameters[name]
+        assert whole.grad is not None
+        rows.data, rows.grad = local(whole), local(whole.grad)
 
 
 def described(config: OptimConfig) -> Optim:
@@ -77,24 +135,31 @@ def _with_betas(optim: Optim, betas: tuple[float, float]) -> Optim:
 
 
 def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """State per parameter name, so that it does not depend on the order of parameter groups."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+    """State per parameter name, so that it does not depend on the order of parameter groups.
+
+    Of a split model the first process gets whole tensors; all of them call this.
+    """
+    parameters = dict(model.named_parameters())
+    known = [(name, p) for name, p in steps(optimizer) if p in optimizer.state]
+    return {name: {k: _whole(v, parameters[name]) for k, v in optimizer.state[p].items()} for name, p in known}
+
+
+def _whole(value: Any, parameter: Tensor) -> Any:
+    return whole_like(value, parameter) if isinstance(value, Tensor) and value.ndim else value
 
 
 def restore(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Inverse of `state_of`; UsageError where a name is unknown to the model."""
-    parameters = dict(model.named_parameters())
+    parameters, stepped = dict(model.named_parameters()), dict(steps(optimizer))
     optimizer.state.clear()
     for name, entry in state.items():
-        if name not in parameters:
+        if name not in stepped:
             raise UsageError(f"the optimizer's state names `{name}`, which the model does not have")
-        parameter = parameters[name]
-        optimizer.state[parameter] = {k: _placed(v, parameter) for k, v in entry.items()}
+        optimizer.state[stepped[name]] = {k: _placed(v, parameters[name]) for k, v in entry.items()}
 
 
-def _placed(value: Any, parameter: nn.Parameter) -> Any:
-    """A copy beside the parameter; counters (no axes) stay where they are."""
-    if not isinstance(value, torch.Tensor):
+def _placed(value: Any, parameter: Tensor) -> Any:
+    """A copy beside the parameter, of its rows here; counters (no axes) stay where they are."""
+    if not isinstance(value, Tensor):
         return value
-    return value.to(parameter.device, copy=True) if value.ndim else value.clone()
+    return part_of(value, parameter).to(parameter.device, copy=True) if value.ndim else value.clone()

@@ -11,7 +11,7 @@ begin with it. A chunk is what is worked on together:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -34,6 +34,8 @@ class Part:
     """For each, which of its chunk's openings it begins with."""
     offset_R: Tensor
     """Tokens of the row that the opening covers: the row's own work begins there."""
+    idle: bool = False
+    """Nothing of it counts: this process has no work left, and others need it in their passes."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ def halves(chunk: Chunk, length_B: Sequence[int]) -> list[Chunk]:
             units.setdefault(g, _Unit([], int(chunk.length_G[g]))).rows.append(row)
         out.append(_end_to_end(list(units.values())))
     return out
+
+
+def idle(b: Batch) -> Chunk:
+    """A chunk that is cheap and counts for nothing."""
+    (part,) = _plain(b.real_BT.sum(1).argmin()[None].cpu()).parts
+    return Chunk(part.rows_R, torch.zeros(1, dtype=torch.long), (replace(part, idle=True),))
 
 
 def _padded(units: list[_Unit], length_B: Sequence[int], budget: int) -> list[Chunk]:

@@ -139,6 +139,7 @@ class Sharded:
         for group in self.groups:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
+        self.device = next(model.parameters()).device
         with torch.no_grad():
             self.root(lambda: None)  # torch finds out now which group is the outermost
         self.rest()
@@ -163,6 +164,7 @@ class Sharded:
         """The twin with whole weights, on this device and of this type; afterwards it is empty again."""
         self.rest()
         model = self.root.model
+        device = self.device if device is None else device
         with torch.no_grad():
             for name, p in model.named_parameters():
                 whole = p.full_tensor().to(device, dtype)

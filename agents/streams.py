@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,14 +157,20 @@ class Piece:
         return self.tokens_RT.flatten()[torch.cat(places).to(device)][None], start_R
 
     def streams(self, needs: Sequence[Need]) -> Streams:
-        """Every need's values and where they stand."""
-        groups: dict[tuple[str, str], list[Need]] = {}
-        for need in needs:
-            groups.setdefault((need.model, need.where), []).append(need)
+        """Every need's values and where they stand. Needs alone decide which models are run, and in which order."""
         out: Streams = {}
-        for (model, where), group in groups.items():
-            out |= self._at_each_temperature(model, self.places[where], group)
+        for model in dict.fromkeys(need.model for need in needs):
+            of_model = [need for need in needs if need.model == model]
+            out |= self.work.models.bank[model].run(partial(self._of_model, model, of_model))
         return out
+
+    def _of_model(self, model: str, needs: Sequence[Need]) -> Streams:
+        """Quantities of one model, as tensors of their own."""
+        out: Streams = {}
+        for where in dict.fromkeys(need.where for need in needs):
+            there = [need for need in needs if need.where == where]
+            out |= self._at_each_temperature(model, self.places[where], there)
+        return {name: (value.clone() if value._is_view() else value, at) for name, (value, at) in out.items()}
 
     def _at_each_temperature(self, model: str, wanted_RT: Tensor, needs: Sequence[Need]) -> Streams:
         """Quantities of one model where they are wanted; rows of one temperature together."""
@@ -198,7 +205,9 @@ class Piece:
                 asked[need.name] = FullEntropy(what.floor)
             elif isinstance(what, KLTo):
                 with torch.no_grad():
-                    other_NH = self._before(what.model, at)
+                    other = models.bank[what.model] if what.model != name else None
+                    look = partial(self._before, what.model, at)
+                    other_NH = other.run(look) if other else look()
                 asked[need.name] = ExactKL(other_NH, models.head(what.model, temperature))
             elif isinstance(what, (TopKLogProb, TopKIds)):
                 pair = top_k(models.head(name, temperature), hidden_NH, what.k)

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from agents import lora
 from agents.checkpoint import load_tensors
@@ -22,6 +23,7 @@ from agents.imitate import digest, imitate
 from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.models import fingerprint
+from agents.sharding import collect
 
 OnStep = Callable[[int, int, float], None]
 _RECIPE = 1
@@ -50,6 +52,8 @@ def warm_start(
     *,
     seed: int,
     micro_tokens: int,
+    packing: Literal["auto", "always", "never"] = "auto",
+    recompute: bool = False,
     world: World,
     on_step: OnStep,
 ) -> str:
@@ -61,10 +65,13 @@ def warm_start(
     learner = LMLearner(
         model, OptimConfig(lr=config.lr, beta2=0.98, weight_decay=0.01),
         convention=convention, world=world, micro_tokens=micro_tokens,
+        packing=packing, recompute=recompute,
     )  # fmt: skip
     imitate(learner, ledgers, epochs=config.epochs, batch=config.batch, seed=seed, progress=on_step)
-    if config.cache and world.main:
-        _keep(model, file)
+    if config.cache:
+        own = {name: collect(t.detach()) for name, t in lora.own_state(model, lora.frozen(model)).items()}
+        if world.main:
+            _keep(own, file)
     return "trained"
 
 
@@ -79,13 +86,12 @@ def cache_key(
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _keep(model: nn.Module, file: Path) -> None:
+def _keep(state: dict[str, Tensor], file: Path) -> None:
     """Write to the cache, atomically; a cache that cannot be written to is no error."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        own = lora.own_state(model, lora.frozen(model))
-        save_file({k: v.detach().contiguous() for k, v in own.items()}, beside)
+        save_file({name: t.contiguous() for name, t in state.items()}, beside)
         os.replace(beside, file)
     except Exception:
         beside.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from agents.dist import World
 from agents.launcher import free_port
 from agents.forward import Convention
 from agents.learner import LMLearner
+from agents.sharding import full
 from policy_opt.bank import CRITIC
 from policy_opt.need import VALUES
 from tests.agents.test_learner import ENTROPY, LOGP, batch, loss_of, tiny
@@ -43,8 +44,8 @@ def steps_of(world: World) -> dict[str, torch.Tensor]:
         metrics = one.step()
         out |= {f"{step}/{k}": v for k, v in streams.items()}
         out[f"{step}/norm"] = torch.tensor([metrics["grad_norm"], metrics["grad_norm_critic"]])
-    out |= {f"policy/{k}": v.detach() for k, v in one.model.named_parameters()}
-    out |= {f"critic/{k}": v.detach() for k, v in one.bank.members["critic"].model.named_parameters()}
+    out |= {f"policy/{k}": full(v).detach() for k, v in one.model.named_parameters()}
+    out |= {f"critic/{k}": full(v).detach() for k, v in one.bank.members["critic"].model.named_parameters()}
     return out
 
 
