@@ -172,7 +172,8 @@ def test_a_run_goes_on_and_counts(model_folder, tmp_path):  # noqa: F811
     assert all(x["oom_splits"] > 0 for x in short.history)
     assert [x["reward"] for x in short.history] == [x["reward"] for x in calm.history]
     for name, value in calm.session.model.state_dict().items():
-        torch.testing.assert_close(short.session.model.state_dict()[name], value, rtol=1e-6, atol=1e-9)
+        got = short.session.model.state_dict()[name]
+        torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-7)  # Qwen3's norms are float32
 
 
 def test_a_run_that_cannot_go_on_says_how_it_could(capsys, monkeypatch, model_folder, tmp_path):  # noqa: F811
@@ -195,4 +196,4 @@ def test_a_run_that_cannot_go_on_says_how_it_could(capsys, monkeypatch, model_fo
     assert json.loads((run / "config.json").read_text())["recompute"] is True
     for name, value in final(tmp_path / "whole")["learner"]["members"]["policy"]["model"].items():
         other = final(run)["learner"]["members"]["policy"]["model"][name]
-        torch.testing.assert_close(other, value, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(other, value, rtol=1e-6, atol=1e-7)  # Qwen3's norms are float32
