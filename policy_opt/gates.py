@@ -1,8 +1,9 @@
 """Gates: what a token's ratio becomes before it multiplies the advantage (Chang Li et al. 2026, arXiv 2603.08239).
 
 `Gated` is the linear surrogate -A G(rho), without a minimum with the ungated ratio; the gate alone says how far
-the policy may go. A gate is a part with stage "gate": (log_ratio_BT, b) -> G_BT, differentiable. `scope` says
-whether it looks beyond its own row, as in `policy_opt.surrogates`; a gate may `report` what it did.
+the policy may go. In `CappedWeight` it is a constant weight of the token's log-prob. A gate is a part with stage
+"gate": (log_ratio_BT, b) -> G_BT, differentiable. `scope` says whether it looks beyond its own row, as in
+`policy_opt.surrogates`; a gate may `report` what it did.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from policy_opt.batch import Batch
 from policy_opt.need import LOGP, LOGP_OLD
 from policy_opt.part import Ctx, Part
-from policy_opt.surrogates import Streams, log_ratio, ratio
+from policy_opt.surrogates import Streams, check_widths, log_ratio, ratio
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,55 @@ class Gated(Part):
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
         log_BT = log_ratio(s, b)
         return {"ratio": ratio(log_BT), **self.gate.report(log_BT, b)}
+
+
+@dataclass(frozen=True)
+class CappedWeight(Part):
+    """-sg[clip(G(rho), 1 - low, 1 + high)] A logp: REINFORCE with a detached, clipped weight; no token is cut off.
+
+    CISPO, MiniMax 2025, arXiv 2506.13585, where the ratio itself is the weight. Bounds as in verl; TRL's epsilon_high
+    is 1 + clip_high.
+    """
+
+    stage: ClassVar[str] = "surrogate"
+    gives: ClassVar[str] = "BT"
+    clip_low: float = 1.0
+    """1 or more: no lower bound."""
+    clip_high: float = 0.28
+    gate: Any = _UNGATED
+    """G."""
+
+    def __post_init__(self) -> None:
+        check_widths(self.clip_low, self.clip_high)
+
+    needs = LOGP, LOGP_OLD
+
+    @property
+    def scope(self) -> str:
+        """As far as the gate looks."""
+        return self.gate.scope
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"adv"}) | self.gate.reads
+
+    @property
+    def facts(self) -> frozenset[str]:
+        return self.gate.facts
+
+    def weight(self, free_BT: Tensor) -> Tensor:
+        """The weight within its bounds: [B, T]."""
+        return free_BT.clamp(1 - self.clip_low, 1 + self.clip_high)
+
+    def __call__(self, s: Streams, b: Batch) -> Tensor:
+        return -self.weight(self.gate(log_ratio(s, b).detach(), b)) * b.per_token("adv") * s["logp_BT"]
+
+    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
+        log_BT = log_ratio(s, b)
+        free_BT = self.gate(log_BT, b)
+        weight_BT = self.weight(free_BT)
+        said = {"ratio": ratio(log_BT), "is_weight": weight_BT, "clip_frac": weight_BT != free_BT}
+        return {**said, **self.gate.report(log_BT, b)}
 
 
 # -- FiberPO ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -183,10 +183,20 @@ def _own_name(item: Any) -> str:
     return part_name(type(item.source if isinstance(item, Step) else item))
 
 
-def _address(recipe: Recipe, path: str) -> Address:
+def knows(recipe: Recipe, path: str) -> bool:
+    """Has the recipe an option at that path, or several?"""
+    return bool(_fitting(addresses(recipe), path))
+
+
+def _fitting(found: Iterable[Address], path: str) -> list[Address]:
+    """The options that a path may stand for."""
     names = tuple(path.split("."))
+    return [a for a in found if a.names[-1] == names[-1] and _subsequence(names, a.names)]
+
+
+def _address(recipe: Recipe, path: str) -> Address:
     found = list(addresses(recipe))
-    fitting = [a for a in found if a.names[-1] == names[-1] and _subsequence(names, a.names)]
+    fitting = _fitting(found, path)
     if len(fitting) == 1:
         return fitting[0]
     exact = [a for a in fitting if a.full == path]
@@ -194,8 +204,8 @@ def _address(recipe: Recipe, path: str) -> Address:
         return exact[0]
     if fitting:
         raise RecipeError(f"`{path}` could be {' or '.join(f'`{a.full}`' for a in fitting)}; name one")
-    here = [a for a in found if a.names[0] == names[0] and len(a.names) > 1]
-    known = {a.full for a in here} | {f"{names[0]}.{a.names[-1]}" for a in here}
+    here = [a for a in found if a.names[0] == path.partition(".")[0] and len(a.names) > 1]
+    known = {a.full for a in here} | {f"{a.names[0]}.{a.names[-1]}" for a in here}
     raise RecipeError(f"{recipe.slug}: {unknown('option', path, known)}")
 
 

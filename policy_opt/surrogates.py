@@ -43,12 +43,14 @@ def mean_log_ratio(s: Streams, b: Batch) -> Tensor:
     return log_ratio(s, b).sum(1) / b.mask_BT.sum(1).clamp(min=1)
 
 
-def clipped(rho: Tensor, adv: Tensor, low: float, high: float) -> Tensor:
-    """max(-A rho, -A clip(rho, 1 - low, 1 + high))."""
-    return torch.maximum(-adv * rho, -adv * rho.clamp(1 - low, 1 + high))
+def clipped(rho: Tensor, adv: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high)); widths are numbers, or tensors of rho's shape."""
+    lowest: Any = 1 - low
+    highest: Any = 1 + high
+    return torch.maximum(-adv * rho, -adv * rho.clamp(lowest, highest))
 
 
-def outside(rho: Tensor, adv: Tensor, low: float, high: float) -> Tensor:
+def outside(rho: Tensor, adv: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """Where the clip is strictly active: A > 0 above the upper bound, A < 0 below the lower one."""
     return ((adv > 0) & (rho > 1 + high)) | ((adv < 0) & (rho < 1 - low))
 
@@ -176,37 +178,6 @@ class SequenceTokenClip(Part):
             "ratio": rho_B,
             "clip_frac": outside(rho_BT, b.per_token("adv"), self.clip_low, self.clip_high),
         }
-
-
-@dataclass(frozen=True)
-class CappedWeight(Part):
-    """CISPO: REINFORCE with a detached, clipped importance weight: -sg[clip(rho, 1 - low, 1 + high)] A logp.
-
-    No token is ever cut off. MiniMax 2025, arXiv 2506.13585. Bounds as in verl; TRL's epsilon_high is 1 +
-    clip_high.
-    """
-
-    stage: ClassVar[str] = "surrogate"
-    scope: ClassVar[str] = "row"
-    gives: ClassVar[str] = "BT"
-    clip_low: float = 1.0
-    """1 or more: no lower bound."""
-    clip_high: float = 0.28
-
-    def __post_init__(self) -> None:
-        check_widths(self.clip_low, self.clip_high)
-
-    needs = LOGP, LOGP_OLD
-    reads = frozenset({"adv"})
-
-    def __call__(self, s: Streams, b: Batch) -> Tensor:
-        weight_BT = ratio(log_ratio(s, b).detach()).clamp(1 - self.clip_low, 1 + self.clip_high)
-        return -weight_BT * b.per_token("adv") * s["logp_BT"]
-
-    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
-        rho_BT = ratio(log_ratio(s, b))
-        weight_BT = rho_BT.clamp(1 - self.clip_low, 1 + self.clip_high)
-        return {"ratio": rho_BT, "is_weight": weight_BT, "clip_frac": weight_BT != rho_BT}
 
 
 @dataclass(frozen=True)

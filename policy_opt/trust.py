@@ -19,7 +19,17 @@ from policy_opt.baselines import lower_median
 from policy_opt.batch import Batch
 from policy_opt.need import ENTROPY_OLD, LOGP, LOGP_OLD, KLTo, Need
 from policy_opt.part import Ctx, Part
-from policy_opt.surrogates import LOG_RATIO_LIMIT, Streams, at_most, check_dual_clip, check_widths, log_ratio, ratio
+from policy_opt.surrogates import (
+    LOG_RATIO_LIMIT,
+    Streams,
+    at_most,
+    check_dual_clip,
+    check_widths,
+    clipped,
+    log_ratio,
+    outside,
+    ratio,
+)
 
 
 @dataclass(frozen=True)
@@ -84,20 +94,14 @@ class ClipWithin(Part):
     needs = LOGP, LOGP_OLD
     reads = frozenset({"adv", "eps_low", "eps_high"})
 
-    def bounds(self, b: Batch) -> tuple[Tensor, Tensor]:
-        """Lowest and highest ratio: [B, T] each."""
-        return 1 - b.per_token("eps_low"), 1 + b.per_token("eps_high")
-
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
-        low_BT, high_BT = self.bounds(b)
-        return at_most(torch.maximum(-adv_BT * rho_BT, -adv_BT * rho_BT.clamp(low_BT, high_BT)), adv_BT, self.dual_clip)
+        adv_BT, low_BT, high_BT = (b.per_token(stem) for stem in ("adv", "eps_low", "eps_high"))
+        return at_most(clipped(ratio(log_ratio(s, b)), adv_BT, low_BT, high_BT), adv_BT, self.dual_clip)
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
-        rho_BT, adv_BT = ratio(log_ratio(s, b)), b.per_token("adv")
-        low_BT, high_BT = self.bounds(b)
-        clipped_BT = ((adv_BT > 0) & (rho_BT > high_BT)) | ((adv_BT < 0) & (rho_BT < low_BT))
-        return {"ratio": rho_BT, "clip_frac": clipped_BT}
+        adv_BT, low_BT, high_BT = (b.per_token(stem) for stem in ("adv", "eps_low", "eps_high"))
+        rho_BT = ratio(log_ratio(s, b))
+        return {"ratio": rho_BT, "clip_frac": outside(rho_BT, adv_BT, low_BT, high_BT)}
 
 
 @dataclass(frozen=True)

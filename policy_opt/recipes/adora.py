@@ -20,10 +20,11 @@ from typing import Any
 from policy_opt.advantages import GroupNorm
 from policy_opt.aggregate import TokenMean
 from policy_opt.group_weights import AdvantageousWeight
+from policy_opt.mapping import by_id
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import K3, Clip
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors, aggregation
+from policy_opt.vectors import Vectors, aggregation
 
 JOINED = {"and": "both", "or": "either"}
 OPTIONS = {"criterion": "criterion", "tau": "tau", "w_s": "advantageous"}
@@ -36,11 +37,6 @@ def form(recipe: Recipe, variant: str | Mapping[str, Any]) -> Recipe:
     name = variant.get("criterion", "or")
     given = {**variant, "criterion": JOINED.get(name, name)}
     return recipe.set(*(f"advantage.{option}={given[key]}" for key, option in OPTIONS.items() if key in given))
-
-
-def by_group(t: Trace) -> dict[str, float]:
-    """The weight of each group."""
-    return {str(t.ids[q]): w for q, w in zip(t.batch.index()[0].tolist(), t["group_weight_B"].tolist(), strict=True)}
 
 
 ATTENUATE = ("advantage.criterion=length", "advantage.advantageous=1", "advantage.other=0.1")
@@ -76,6 +72,6 @@ recipe = Recipe(
             "loss_agg": aggregation,
         },
         columns={"lengths": ("length_B",)},
-        outputs={"group_weight": by_group, "advantage_per_traj": lambda t: t["adv_B"]},
+        outputs={"group_weight": lambda t: by_id(t, t["group_weight_B"]), "advantage_per_traj": lambda t: t["adv_B"]},
     ),
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from policy_opt.advantages import GroupNorm
 from policy_opt.batch import Batch, floating
+from policy_opt.mapping import every_group
 from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
 from policy_opt.recipes.dapo import recipe as DAPO
@@ -102,8 +103,7 @@ recipe: Recipe = DAPO.replace(
             "response_len": ("length_B",),
             "correct": ("correct_B",),
         },
-        # The file's batches are what is trained on: no group is left to be replaced.
-        adapt=lambda recipe, _: recipe.set("curriculum.accept=none"),
+        adapt=every_group,
         outputs={
             "advantages_correctness": lambda t: t.after(GroupNorm)["adv_B"],
             "bias": lambda t: t["bias_B"],

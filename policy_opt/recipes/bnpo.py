@@ -25,7 +25,7 @@ from policy_opt.advantages import GroupCentre
 from policy_opt.aggregate import SequenceSum
 from policy_opt.batch import floating
 from policy_opt.group_weights import BetaWeight
-from policy_opt.part import walk
+from policy_opt.mapping import own
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
@@ -50,8 +50,7 @@ def several(recipe: Recipe, count: int) -> Recipe:
 
 def components(t: Trace) -> list[dict[str, Any]]:
     """The fit of each reward."""
-    (part,) = [p for x in t.recipe.advantage for _, p in walk(x, "") if isinstance(p, BetaWeight)]
-    found = []
+    part, found = own(t, BetaWeight), []
     for reward_B in floating(t["scores_BK"]).T:
         fit = part.fit(t.batch, reward_B)
         named = {"mean": fit.mean, "var": fit.var, "a": fit.a, "b": fit.b, "alpha": fit.alpha, "beta": fit.beta}

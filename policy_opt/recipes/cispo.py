@@ -11,8 +11,9 @@ value.
 
 from policy_opt.advantages import GroupNorm
 from policy_opt.aggregate import TokenMean
+from policy_opt.gates import CappedWeight
+from policy_opt.mapping import reported
 from policy_opt.recipe import Recipe
-from policy_opt.surrogates import CappedWeight
 from policy_opt.terms import Term
 from policy_opt.vectors import Vectors
 
@@ -32,6 +33,6 @@ recipe = Recipe(
             "eps_low": "terms.clip_low",
             "eps_high": "terms.clip_high",
         },
-        outputs={"is_weight": lambda t: t.report("is_weight")},
+        outputs=reported("is_weight"),
     ),
 )

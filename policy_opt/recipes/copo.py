@@ -18,21 +18,20 @@ environment's answer key stands in (a hash of the final state): an extension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from policy_opt.advantages import GroupNorm
 from policy_opt.baselines import AnswerEntropy, PromptNorm
 from policy_opt.batch import Batch
+from policy_opt.mapping import by_id, numbered
 from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors, aggregation
+from policy_opt.vectors import Vectors, aggregation
 
 Mode = Literal[
     "soft_with_zero", "only_soft", "soft_with_forced", "only_zero", "only_forced", "only_global", "no_global"
@@ -67,17 +66,6 @@ class Blend(Part):
         return b.put(w_local_B=w_B, w_global_B=1 - w_B)
 
 
-def by_group(t: Trace, column: str) -> dict[str, float]:
-    """A row quantity that all rows of a group share, keyed by the group."""
-    return {str(t.ids[q]): v for q, v in zip(t.batch.index()[0].tolist(), t[column].tolist(), strict=True)}
-
-
-def numbered(answers: Sequence[Any]) -> dict[str, Tensor]:
-    """The input answers: texts as numbers."""
-    known = list(dict.fromkeys(answers))
-    return {"answer_B": torch.tensor([known.index(text) for text in answers])}
-
-
 recipe = Recipe(
     slug="copo",
     title="an advantage of the whole prompt where the group's answers agree",
@@ -109,10 +97,10 @@ recipe = Recipe(
             "entropy_eps": "signals.eps",
             "loss_agg": aggregation,
         },
-        columns={"answers": numbered},
+        columns={"answers": lambda texts: {"answer_B": torch.tensor(numbered(texts))}},
         outputs={
-            "consistency_entropy": lambda t: by_group(t, "answer_entropy_B"),
-            "global_reward": lambda t: by_group(t, "prompt_reward_B"),
+            "consistency_entropy": lambda t: by_id(t, t["answer_entropy_B"]),
+            "global_reward": lambda t: by_id(t, t["prompt_reward_B"]),
             "local_advantage": lambda t: t["adv_B"],
             "global_advantage": lambda t: t["adv_prompt_B"],
             "local_weight": lambda t: t["w_local_B"],

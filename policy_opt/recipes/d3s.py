@@ -21,6 +21,7 @@ from policy_opt.advantages import GroupNorm
 from policy_opt.aggregate import TokenMean
 from policy_opt.batch import Batch
 from policy_opt.controllers import Annealed
+from policy_opt.mapping import own
 from policy_opt.need import ENTROPY_OLD
 from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
@@ -61,7 +62,7 @@ def scope(recipe: Recipe, mode: str) -> Recipe:
 
 def rows_kept(t: Trace) -> float:
     """N_s, before rounding."""
-    return next(p for p in t.recipe.credit if isinstance(p, MaxVariance)).fraction.value(t.ctx)
+    return own(t, MaxVariance).fraction.value(t.ctx)
 
 
 recipe = Recipe(
@@ -99,7 +100,7 @@ recipe = Recipe(
         outputs={
             "N_s": rows_kept,
             "N_s_int": lambda t: int(rows_kept(t) + 0.5),
-            "K": lambda t: next(p for p in t.recipe.credit if isinstance(p, KeepTop)).fraction.value(t.ctx),
+            "K": lambda t: own(t, KeepTop).fraction.value(t.ctx),
             "selected": lambda t: t["selected_B"].nonzero().squeeze(1),
             "variance_selected": lambda t: t["adv_B"][t["selected_B"] != 0].var(correction=0),
             "score": lambda t: t["score_BT"],

@@ -21,6 +21,7 @@ from torch import Tensor
 from policy_opt.aggregate import TokenMean
 from policy_opt.baselines import Balanced
 from policy_opt.group_weights import DifficultyWeight, SignalMask
+from policy_opt.mapping import by_id, own
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
@@ -44,9 +45,9 @@ def diluted(t: Trace) -> Tensor:
     return t["mask_BT"].sum() / valid if valid else torch.ones(())
 
 
-def by_group(t: Trace, value_B: Tensor) -> Tensor:
+def by_question(t: Trace, value_B: Tensor) -> list[float]:
     """A row quantity that all rows of a group share, in order of the groups."""
-    return torch.zeros(len(t.ids)).double().index_copy_(0, t.batch.index()[0], value_B.double())
+    return list(by_id(t, value_B.double()).values())
 
 
 recipe = Recipe(
@@ -72,10 +73,10 @@ recipe = Recipe(
         columns={"reward_components": components},
         outputs={
             "balanced_advantage": lambda t: t.after(Balanced)["adv_B"],
-            "question_weight": lambda t: by_group(
+            "question_weight": lambda t: by_question(
                 t, t["group_weight_B"] if "group_weight_B" in t.batch else torch.ones(t.batch.B)
             ),
-            "valid_group": lambda t: by_group(t, t.recipe.credit[0].valid(t.batch)),
+            "valid_group": lambda t: by_question(t, own(t, SignalMask).valid(t.batch)),
             "zero_mask_ratio": diluted,
             "advantage_per_traj": lambda t: t["adv_B"] * diluted(t),
         },

@@ -15,7 +15,6 @@ own (seq_grad), over what the entropies are normalised (signals.over) and in whi
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -23,13 +22,14 @@ from torch import Tensor
 
 from policy_opt.advantages import GroupNorm
 from policy_opt.batch import Batch
+from policy_opt.mapping import optional, reported, variant
 from policy_opt.need import LOGP, LOGP_OLD
 from policy_opt.part import Part
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
 from policy_opt.surrogates import Streams, check_widths, clipped, log_ratio, mean_log_ratio, ratio
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,6 @@ class HybridClip(Part):
         }
 
 
-def mixing(recipe: Recipe, name: str) -> Recipe:
-    """The param mixing."""
-    return recipe.set("variant=entropy") if name == "entropy" else recipe
-
-
-def minmax_eps(recipe: Recipe, value: float) -> Recipe:
-    """The param minmax_eps, which means nothing to the averaged mixing."""
-    return recipe.set(f"signals.eps={value!r}") if recipe.signals else recipe
-
-
 recipe = Recipe(
     slug="dhpo",
     title="token and sequence ratio mixed in one surrogate, each clipped to its own bounds first",
@@ -132,8 +122,8 @@ recipe = Recipe(
             "adv_eps": "advantage.eps",
             "std_ddof": "advantage.ddof",
             "alpha": "terms.weight",
-            "mixing": mixing,
-            "minmax_eps": minmax_eps,
+            "mixing": variant("average"),
+            "minmax_eps": optional("signals.eps"),
             "eps_tok_low": "terms.clip_low",
             "eps_tok_high": "terms.clip_high",
             "eps_seq_low": "terms.seq_clip_low",
@@ -142,10 +132,7 @@ recipe = Recipe(
             "seq_grad": "terms.seq_grad",
         },
         columns={"entropy": ("entropy_old_BT",)},
-        outputs={
-            name: partial(Trace.report, name=name)
-            for name in ("token_weight", "mixed_ratio", "mixed_clipped_ratio", "seq_ratio")
-        },
+        outputs=reported("token_weight", "mixed_ratio", "mixed_clipped_ratio", "seq_ratio"),
         stages=("signals", "reward", "advantage", "credit"),
     ),
 )

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from policy_opt.advantages import GroupNorm
 from policy_opt.batch import Batch
+from policy_opt.mapping import by_id, numbered
 from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
 from policy_opt.recipes.grpo import recipe as GRPO
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,10 @@ def by_rule(rule: Any) -> Any:
     return lambda t: Agreement(rule)(t.after(AnswerClusters), t.ctx)["reward_B"]
 
 
-def by_group(t: Trace) -> dict[str, float]:
-    """H by group id."""
-    index_B, values = t.batch.index()[0].tolist(), t["cluster_entropy_B"].tolist()
-    return {str(t.ids[q]): h for q, h in zip(index_B, values, strict=True)}
-
-
 def arrange(inputs: Any) -> dict[str, Any]:
     """Canonical answers as numbers, -1 for a blank one."""
-    known = list(dict.fromkeys(inputs["canonical"]))
-    pairs = zip(inputs["answers"], inputs["canonical"], strict=True)
-    return {**inputs, "answers": [known.index(c) if a else -1 for a, c in pairs]}
+    pairs = zip(inputs["answers"], numbered(inputs["canonical"]), strict=True)
+    return {**inputs, "answers": [number if answer else -1 for answer, number in pairs]}
 
 
 recipe: Recipe = GRPO.replace(
@@ -160,7 +154,7 @@ recipe: Recipe = GRPO.replace(
         outputs={
             "semantic_ids": lambda t: t["cluster_B"],
             "cluster_prob": lambda t: t["cluster_prob_B"],
-            "entropy": by_group,
+            "entropy": lambda t: by_id(t, t["cluster_entropy_B"]),
             "reward_trl_math": lambda t: t["reward_B"],
             "reward_verl_entropy": by_rule("entropy"),
             "reward_verl_thresholded": by_rule("thresholded"),

@@ -16,35 +16,13 @@ per state (Eqs. 2-3), a token mean. Where groups differ in size, `--set credit+=
 over groups of their means.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 from policy_opt.advantages import GroupNorm
 from policy_opt.gates import Fiber, Gated
-from policy_opt.options import assign
+from policy_opt.mapping import optional, reported, variant
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors
-
-REPORTED = "log_s_plus", "log_s_minus", "log_base_weight", "log_fiber_residual", "gated_ratio", "budget"
-
-
-def form(recipe: Recipe, name: str) -> Recipe:
-    """The param form."""
-    return recipe if name == "trajectory" else recipe.set(f"variant={name}")
-
-
-def gated_by(option: str) -> Callable[[Recipe, Any], Recipe]:
-    """A param that is an option of some forms' gates and means nothing to the others."""
-
-    def put(recipe: Recipe, value: Any) -> Recipe:
-        known = hasattr(recipe.terms[0].loss.gate, option)
-        return assign(recipe, f"terms.gate.{option}", value) if known else recipe
-
-    return put
-
+from policy_opt.vectors import Vectors
 
 recipe = Recipe(
     slug="fiberpo",
@@ -64,13 +42,15 @@ recipe = Recipe(
         params={
             "adv_eps": "advantage.eps",
             "std_ddof": "advantage.ddof",
-            "form": form,
-            "eps": gated_by("eps"),
-            "C_plus": gated_by("c_plus"),
-            "C_minus": gated_by("c_minus"),
-            "delta": gated_by("delta"),
+            "form": variant("trajectory"),
+            "eps": optional("terms.gate.eps"),
+            "C_plus": optional("terms.gate.c_plus"),
+            "C_minus": optional("terms.gate.c_minus"),
+            "delta": optional("terms.gate.delta"),
         },
         columns={"domain": ("level_B",), "state": ("state_BT",)},
-        outputs={name: partial(Trace.report, name=name) for name in REPORTED},
+        outputs=reported(
+            "log_s_plus", "log_s_minus", "log_base_weight", "log_fiber_residual", "gated_ratio", "budget"
+        ),
     ),
 )

@@ -23,6 +23,7 @@ from torch import Tensor
 from policy_opt.aggregate import SequenceSum
 from policy_opt.bank import WITH_REFERENCE
 from policy_opt.batch import Batch
+from policy_opt.mapping import padded
 from policy_opt.need import LOGP, LOGP_REF, LogProb, Mismatched, Need
 from policy_opt.part import Part
 from policy_opt.preferences import log_ratios, whole
@@ -98,14 +99,11 @@ def arrange(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Mismatched rows are 0 outside their mask, as a learner gives them; both kinds of rows get one width."""
     width = max(len(inputs["mask"][0]), len(inputs["kl_mask"][0]))
 
-    def wide(rows: list[list[float]]) -> list[list[float]]:
-        return [[*row, *[0.0] * (width - len(row))] for row in rows]
-
     def on_mask(name: str) -> list[list[float]]:
         pairs = zip(inputs[name], inputs["kl_mask"], strict=True)
-        return wide([[x if m else 0.0 for x, m in zip(*pair, strict=True)] for pair in pairs])
+        return padded([[x if m else 0.0 for x, m in zip(*pair, strict=True)] for pair in pairs], width)
 
-    own = {name: wide(inputs[name]) for name in ("logp_new", "logp_ref", "mask")}
+    own = {name: padded(inputs[name], width) for name in ("logp_new", "logp_ref", "mask")}
     return {**inputs, **own, "kl_logp_new": on_mask("kl_logp_new"), "kl_logp_ref": on_mask("kl_logp_ref")}
 
 

@@ -24,6 +24,7 @@ from typing import ClassVar
 from policy_opt.baselines import MedianCentre
 from policy_opt.batch import Batch
 from policy_opt.curriculum import Curriculum
+from policy_opt.mapping import own
 from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
 from policy_opt.recipes.grpo import recipe as GRPO
@@ -68,8 +69,8 @@ recipe: Recipe = GRPO.replace(
             "pivot_rule": lambda recipe, _: recipe.set("advantage.pivot=torch"),
         },
         outputs={
-            "median": lambda t: t.recipe.advantage[0].statistics(t.batch)[0],
-            "mad": lambda t: t.recipe.advantage[0].statistics(t.batch)[1],
+            "median": lambda t: own(t, MedianCentre).statistics(t.batch)[0],
+            "mad": lambda t: own(t, MedianCentre).statistics(t.batch)[1],
             "advantage_per_traj": lambda t: t["adv_B"],
             "pivot": lambda t: t["pivot_B"],
             "keep": lambda t: 1 - t["pivot_B"].double(),

@@ -9,10 +9,10 @@ smallest earlier ratio times the token's own. CISPO otherwise: a detached, cappe
 
 The behaviour policy is logp_old, stored with the data: stale once the batch has been stepped on, or replayed. low_t
 is not capped at 1. The prefix runs across the turns of a trajectory; `--set terms.prefix=turn` starts it anew.
+As a gate, `minpro.prefix_min`, the prefix can stand in other surrogates too.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -21,13 +21,14 @@ from torch import Tensor
 from policy_opt.advantages import GroupNorm
 from policy_opt.aggregate import TokenMean
 from policy_opt.batch import Batch
-from policy_opt.need import LOGP, LOGP_OLD
+from policy_opt.gates import CappedWeight
+from policy_opt.mapping import reported
 from policy_opt.part import Part
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
-from policy_opt.surrogates import Streams, check_widths, log_ratio, ratio
+from policy_opt.surrogates import ratio
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.vectors import Vectors
 
 
 def earlier_min(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -38,57 +39,34 @@ def earlier_min(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PrefixWeight(Part):
-    """-sg[clip(low rho, 1 - clip_low, 1 + clip_high)] A logp, low = the smallest earlier ratio."""
+class PrefixMin(Part):
+    """G = low rho, low = the smallest earlier ratio, 1 for a first token."""
 
-    stage: ClassVar[str] = "surrogate"
+    stage: ClassVar[str] = "gate"
     scope: ClassVar[str] = "row"
-    gives: ClassVar[str] = "BT"
-    clip_low: float = 1.0
-    """1 or more: no lower bound."""
-    clip_high: float = 0.28
     prefix: Literal["trajectory", "turn"] = "trajectory"
     """What the earlier tokens are earlier tokens of."""
 
-    def __post_init__(self) -> None:
-        check_widths(self.clip_low, self.clip_high)
-
-    needs = LOGP, LOGP_OLD
-
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({"adv"} | ({"turn_BT"} if self.prefix == "turn" else set()))
+        return frozenset({"turn_BT"} if self.prefix == "turn" else ())
 
     def lowest(self, log_BT: Tensor, b: Batch) -> Tensor:
         """log of the smallest earlier ratio, 0 for a first token: [B, T]."""
         if self.prefix == "trajectory":
             return earlier_min(log_BT, b.mask_BT)
         # Each turn is lifted above all later ones, so that the running minimum forgets what was before it.
-        turn_BT, span = b["turn_BT"], 1 + 2 * log_BT.abs().amax(1, keepdim=True)
+        turn_BT, span = b["turn_BT"], 1 + 2 * log_BT.detach().abs().amax(1, keepdim=True)
         lift_BT = -span * turn_BT
         first_BT = torch.where(b.mask_BT, turn_BT, -1).cummax(1).values
         before_BT = torch.nn.functional.pad(first_BT[:, :-1], (1, 0), value=-1) == turn_BT
         return torch.where(before_BT, earlier_min(log_BT + lift_BT, b.mask_BT) - lift_BT, 0)
 
-    def weights(self, s: Streams, b: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(low, low rho, w), [B, T] each, detached."""
-        log_BT = log_ratio(s, b).detach()
-        low_BT = self.lowest(log_BT, b)
-        free_BT = ratio(low_BT + log_BT)
-        return ratio(low_BT), free_BT, free_BT.clamp(1 - self.clip_low, 1 + self.clip_high)
+    def __call__(self, log_BT: Tensor, b: Batch) -> Tensor:
+        return ratio(self.lowest(log_BT, b) + log_BT)
 
-    def __call__(self, s: Streams, b: Batch) -> Tensor:
-        return -self.weights(s, b)[2] * b.per_token("adv") * s["logp_BT"]
-
-    def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
-        low_BT, free_BT, weight_BT = self.weights(s, b)
-        return {
-            "ratio": ratio(log_ratio(s, b)),
-            "prefix_min_ratio": low_BT,
-            "unclipped_weight": free_BT,
-            "is_weight": weight_BT,
-            "clip_frac": weight_BT != free_BT,
-        }
+    def report(self, log_BT: Tensor, b: Batch) -> dict[str, Tensor]:
+        return {"prefix_min_ratio": ratio(self.lowest(log_BT, b)), "unclipped_weight": self(log_BT, b)}
 
 
 recipe = Recipe(
@@ -99,7 +77,7 @@ recipe = Recipe(
     evidence="idea read in the abstract; objective, stop-gradient and clip in a secondary summary; no code found",
     deviations="clip widths are CISPO's: the paper's were not found",
     advantage=(GroupNorm(eps=1e-6, ddof=1),),
-    terms=(Term(PrefixWeight(clip_low=1.0, clip_high=0.28), agg=TokenMean()),),
+    terms=(Term(CappedWeight(clip_low=1.0, clip_high=0.28, gate=PrefixMin()), agg=TokenMean()),),
     schedule=Schedule((Step(minibatches=4),)),
     vectors=Vectors(
         params={
@@ -108,8 +86,6 @@ recipe = Recipe(
             "eps_low": "terms.clip_low",
             "eps_high": "terms.clip_high",
         },
-        outputs={
-            name: partial(Trace.report, name=name) for name in ("prefix_min_ratio", "unclipped_weight", "is_weight")
-        },
+        outputs=reported("prefix_min_ratio", "unclipped_weight", "is_weight"),
     ),
 )

@@ -18,7 +18,7 @@ replaced by others.
 
 from dataclasses import dataclass
 from math import log
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from policy_opt.advantages import groups
 from policy_opt.aggregate import ConstantSum
 from policy_opt.batch import Batch
 from policy_opt.curriculum import Curriculum, Mixed
+from policy_opt.mapping import every_group, variant
 from policy_opt.need import LOGP, LOGP_OLD
 from policy_opt.part import Ctx, Part
 from policy_opt.preferences import whole
@@ -131,11 +132,6 @@ def losses(t: Trace) -> Tensor:
     return found * t.batch.mask_BT if found.ndim == 2 else found
 
 
-def ratio_type(recipe: Recipe, name: Any) -> Recipe:
-    """The param ratio_type."""
-    return recipe if name == "token" else recipe.set(f"variant={name}")
-
-
 recipe = Recipe(
     slug="nft",
     title="imitation of right answers, and of an implicit negative policy on wrong ones",
@@ -149,14 +145,13 @@ recipe = Recipe(
     variants={"sequence": ("terms.ratio_type=sequence", "terms.agg.divisor=1")},
     vectors=Vectors(
         params={
-            "ratio_type": ratio_type,
+            "ratio_type": variant("token"),
             "clamp_negative": "terms.clamp_negative",
             "clamp_positive": "terms.clamp_positive",
             "neg_weight": "terms.neg_weight",
             "normalize": "terms.normalize",
         },
-        # The file speaks of the loss on given groups, not of which groups are kept.
-        adapt=lambda recipe, inputs: recipe.set("curriculum.accept=none"),
+        adapt=every_group,
         outputs={
             "correct_rate": lambda t: t["success_rate_B"],
             "correct_mask": lambda t: t["correct_B"],

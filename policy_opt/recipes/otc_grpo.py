@@ -12,23 +12,16 @@ right, n is undefined and r_tool is 1. The penalty multiplies, and acts on posit
 would pay for calls on failures.
 """
 
-from torch import Tensor
-
+from policy_opt.mapping import by_id, own
 from policy_opt.recipe import Recipe
 from policy_opt.recipes.grpo import recipe as GRPO
 from policy_opt.tool_rewards import LeanCalls
 from policy_opt.vectors import Trace, Vectors
 
 
-def by_question(t: Trace, value_B: Tensor) -> dict[str, float | None]:
-    """A row quantity that all rows of a question share, keyed by the question's id; null for NaN."""
-    values = [v if v == v else None for v in value_B.tolist()]
-    return {str(t.ids[i]): v for i, v in zip(t["task_B"].tolist(), values, strict=True)}
-
-
 def remember(t: Trace) -> None:
     """The param n_history: the store before the step."""
-    (part,) = t.recipe.reward
+    part = own(t, LeanCalls)
     for i, question in enumerate(t.ids):
         n = t.inputs["n_history"].get(str(question))
         if n is not None:
@@ -52,8 +45,8 @@ recipe: Recipe = GRPO.replace(
             "eps": "advantage.eps",
         },
         outputs={
-            "n_used": lambda t: by_question(t, t["calls_needed_B"]),
-            "n_history_after": lambda t: by_question(t, t.recipe.reward[0].store(t.ctx).column(t["task_B"])),
+            "n_used": lambda t: by_id(t, t["calls_needed_B"]),
+            "n_history_after": lambda t: by_id(t, own(t, LeanCalls).store(t.ctx).column(t["task_B"])),
             "f_map": lambda t: [v if v == v else None for v in t["calls_mapped_B"].tolist()],
             "r_tool_grpo": lambda t: t["r_tool_B"],
             "shaped_reward_grpo": lambda t: t["reward_B"],

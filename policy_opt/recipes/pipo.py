@@ -31,6 +31,7 @@ from torch import Tensor
 from policy_opt.advantages import GroupNorm
 from policy_opt.aggregate import TokenMean
 from policy_opt.batch import Batch
+from policy_opt.mapping import optional, own
 from policy_opt.need import LOGP, LOGP_OLD
 from policy_opt.part import Part
 from policy_opt.progress import Progress, ProgressGate, Retrospect, progress
@@ -75,7 +76,7 @@ def seen(t: Trace) -> Progress:
 
 def judged(t: Trace) -> Batch:
     """The batch before, as the retrospective step takes it."""
-    return t.recipe.schedule.steps[0].source.judged(t.batch, seen(t))
+    return own(t, Retrospect).judged(t.batch, seen(t))
 
 
 def retrospective(t: Trace, name: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,15 +94,6 @@ def remember(t: Trace) -> None:
 def rewarded(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """A case of the gate: every trajectory has the batch's mean reward."""
     return {**inputs, "rewards": [inputs["mu_t"]] * len(inputs["mask"])} if "token_advantages" in inputs else inputs
-
-
-def clip(recipe: Recipe, width: float) -> Recipe:
-    """The param clip: of all ratios."""
-    sets = [f"terms.policy.clip_{end}={width}" for end in ("low", "high")]
-    if recipe.schedule.steps[0].terms:
-        names = ("policy.clip_low", "policy.clip_high", "release.clip_high")
-        sets += [f"schedule.terms.{name}={width}" for name in names]
-    return recipe.set(*sets)
 
 
 CURRENT = (
@@ -139,11 +131,13 @@ recipe = Recipe(
                 "variant=gate", "reward=none", "advantage=progress_gate(warmup=1)", "terms-=value"
             ),
             "lambda_neg": "schedule.negative",
-            "clip": clip,
-            "coefficient_clamp": "schedule.limit",
-            "std": lambda recipe, name: recipe.set(
-                f"{'schedule' if recipe.schedule.steps[0].terms else 'advantage'}.spread={name}"
+            "clip": optional(
+                *("terms.policy.clip_low", "terms.policy.clip_high"),
+                *("schedule.terms.policy.clip_low", "schedule.terms.policy.clip_high"),
+                "schedule.terms.release.clip_high",
             ),
+            "coefficient_clamp": "schedule.limit",
+            "std": optional("schedule.spread", "advantage.spread"),
             "eps": "schedule.eps",
             "grpo_eps": "advantage.eps",
             "gate_min": "advantage.low",
@@ -156,14 +150,14 @@ recipe = Recipe(
             "mu_his": lambda t: seen(t).mean,
             "sigma_his": lambda t: seen(t).std,
             "xi": lambda t: seen(t).xi,
-            "attribution": lambda t: t.recipe.schedule.steps[0].source.attribution(t.batch),
+            "attribution": lambda t: own(t, Retrospect).attribution(t.batch),
             "coefficient": lambda t: judged(t)["adv_B"],
             "loss_scale": lambda t: float(judged(t)["w_retrospect_B"][0]),
             "loss_release": lambda t: retrospective(t, "release")[0],
             "grad_release": lambda t: t.gradient(retrospective(t, "release")),
             "loss_standard_ppo_clip": lambda t: retrospective(t, "policy")[0],
             "grad_standard_ppo_clip": lambda t: t.gradient(retrospective(t, "policy")),
-            "phi": lambda t: t.recipe.advantage[0].gate(seen(t)),
+            "phi": lambda t: own(t, ProgressGate).gate(seen(t)),
             "scaled_advantages": lambda t: t.per_token("adv"),
         },
     ),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from policy_opt.batch import Batch
+from policy_opt.mapping import own
 from policy_opt.need import LOGP
 from policy_opt.pairs import GroupPairs
 from policy_opt.part import Part
@@ -93,14 +94,14 @@ def arrange(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def remember(t: Trace) -> None:
     """The input labels: the store before the step."""
-    (part,) = t.recipe.credit
+    part = own(t, DynamicLabels)
     for key, label in zip(part.keys(t.start()).tolist(), t.inputs["labels"], strict=True):
         part.store(t.ctx).put(key, label)
 
 
 def labels_after(t: Trace) -> Tensor:
     """The store after the step, by pair."""
-    (part,) = t.recipe.credit
+    part = own(t, DynamicLabels)
     return part.store(t.stepped()).column(part.keys(t.batch))
 
 

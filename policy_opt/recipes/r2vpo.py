@@ -21,6 +21,7 @@ from policy_opt.advantages import GroupNorm
 from policy_opt.aggregate import TokenMean
 from policy_opt.controllers import Dual
 from policy_opt.gates import Gated
+from policy_opt.mapping import own
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
 from policy_opt.terms import Term
@@ -28,15 +29,10 @@ from policy_opt.trust import RatioVariance
 from policy_opt.vectors import Trace, Vectors, aggregation
 
 
-def constraint(t: Trace) -> Term:
-    """The term whose coefficient is lambda."""
-    return next(term for term in t.recipe.terms if term.name == "variance")
-
-
 def effective_weight(t: Trace) -> Tensor:
     """rho (A - 2 lambda (rho - 1)): what multiplies each token's log-prob gradient."""
     rho_BT = t.report("ratio")
-    return rho_BT * (t.per_token("adv") - 2 * constraint(t).factor(t.ctx) * (rho_BT - 1)) * t.batch.mask_BT
+    return rho_BT * (t.per_token("adv") - 2 * own(t, Dual).value(t.ctx) * (rho_BT - 1)) * t.batch.mask_BT
 
 
 recipe = Recipe(
@@ -72,8 +68,8 @@ recipe = Recipe(
         },
         outputs={
             "surrogate": lambda t: -t.term("policy")[0],
-            "ratio_variance": lambda t: t.term("variance")[0] + constraint(t).loss.budget,
-            "lambda_next": lambda t: constraint(t).factor(t.stepped()),
+            "ratio_variance": lambda t: t.term("variance")[0] + own(t, RatioVariance).budget,
+            "lambda_next": lambda t: own(t, Dual).value(t.stepped()),
             "effective_weight": effective_weight,
         },
     ),

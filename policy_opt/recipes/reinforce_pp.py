@@ -11,21 +11,14 @@ PPO without a critic: the return to go, whitened over the whole batch, is the ad
 tool's output between two turns does not cut the return, as it does in verl.
 """
 
-from collections.abc import Callable
-
 from policy_opt.advantages import GroupCentre, RewardToGo, Whiten
 from policy_opt.aggregate import TokenMean
-from policy_opt.options import assign
+from policy_opt.mapping import optional
 from policy_opt.recipe import Recipe
 from policy_opt.rewards import TokenReward, last_BT
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
 from policy_opt.vectors import Trace, Vectors
-
-
-def plain_only(path: str) -> Callable[[Recipe, float], Recipe]:
-    """A param that the baseline variant does not use."""
-    return lambda recipe, value: assign(recipe, path, value) if recipe.reward else recipe
 
 
 def interior(t: Trace) -> bool:
@@ -49,8 +42,8 @@ recipe = Recipe(
     vectors=Vectors(
         params={
             "variant": lambda recipe, name: recipe.set("variant=baseline") if "baseline" in name else recipe,
-            "gamma": plain_only("advantage.gamma"),
-            "kl_reward_beta": plain_only("reward.kl_beta"),
+            "gamma": optional("advantage.gamma"),
+            "kl_reward_beta": optional("reward.kl_beta"),
             "clip_eps": ("terms.clip_low", "terms.clip_high"),
         },
         outputs={

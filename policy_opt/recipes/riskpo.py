@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from policy_opt.bundles import Bundle, PaperScore, ShareOut, TailRisk
+from policy_opt.bundles import Bundle, PaperScore, TailRisk
+from policy_opt.mapping import by_id, numbered, optional, own
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import SequenceClip
 from policy_opt.terms import Term
@@ -49,12 +50,6 @@ def shared(recipe: Recipe, rule: str) -> Recipe:
     return recipe if rule == "uniform" else recipe.set(f"advantage+=share_out(rule={rule.replace('-', '_')})")
 
 
-def small(recipe: Recipe, eps: float) -> Recipe:
-    """The param eps: every eps of the advantage."""
-    parts = ["tail_risk", *("share_out" for part in recipe.advantage if isinstance(part, ShareOut))]
-    return recipe.set(*(f"advantage.{part}.eps={eps}" for part in parts))
-
-
 def dealt(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
     """A case's bundles come with it, the k-th responses of a bundle's questions are a paper."""
     unknown = "scores" not in inputs and inputs.get("q_alpha") is None
@@ -71,7 +66,7 @@ def singles(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def remember(t: Trace) -> None:
     """The inputs q and alphas, or q_alpha and q_beta: the tracker's state, for every size of bundle."""
-    part = t.recipe.advantage[0]
+    part = own(t, TailRisk)
     if "scores" in t.inputs:
         levels, q = t.inputs["alphas"], t.inputs["q"]
     elif t.inputs.get("q_alpha") is not None:
@@ -82,11 +77,6 @@ def remember(t: Trace) -> None:
     questions = dict(zip(t.inputs["group"], t.inputs["bundle"], strict=True))
     for bundle in set(questions.values()):
         t.ctx.state(part)[str(list(questions.values()).count(bundle))] = table_L2
-
-
-def by_bundle(t: Trace, column: str) -> dict[str, Any]:
-    """A row quantity that all rows of a bundle share."""
-    return {str(d): v for d, v in zip(t.inputs["bundle"], t[column].tolist(), strict=True)}
 
 
 def scores(t: Trace) -> dict[str, list[float]]:
@@ -131,7 +121,7 @@ recipe = Recipe(
             "natural_baseline": "advantage.natural",
             "norm_by_bundle_std": "advantage.normalise",
             "credit": shared,
-            "eps": small,
+            "eps": optional("advantage.tail_risk.eps", "advantage.share_out.eps"),
             "clip": ("terms.clip_low", "terms.clip_high"),
             "clip_low": "terms.clip_low",
             "clip_high": "terms.clip_high",
@@ -139,17 +129,17 @@ recipe = Recipe(
             "loss_agg": aggregation,
             "lr_q": "advantage.rate",
         },
-        columns={"bundle": lambda ids: {"bundle_B": torch.tensor([list(dict.fromkeys(ids)).index(d) for d in ids])}},
+        columns={"bundle": lambda ids: {"bundle_B": torch.tensor(numbered(ids))}},
         adapt=dealt,
         arrange=singles,
         prime=remember,
         outputs={
             "bundle_scores": scores,
-            "q_alpha_used": lambda t: by_bundle(t, "quantile_low_B"),
-            "q_beta_used": lambda t: by_bundle(t, "quantile_high_B"),
+            "q_alpha_used": lambda t: by_id(t, t["quantile_low_B"], "bundle"),
+            "q_beta_used": lambda t: by_id(t, t["quantile_high_B"], "bundle"),
             "advantage_per_traj": lambda t: t["adv_B"],
             "advantages": lambda t: t.per_token("adv"),
-            "q_next": lambda t: t.ctx.state(t.recipe.advantage[0])["1"][:, 1],
+            "q_next": lambda t: t.ctx.state(own(t, TailRisk))["1"][:, 1],
         },
     ),
 )

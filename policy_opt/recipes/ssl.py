@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from policy_opt.mapping import padded
 from policy_opt.proximity import SweetSpot
 from policy_opt.recipe import Recipe
 from policy_opt.recipes.grpo import recipe as GRPO
@@ -68,8 +69,8 @@ def flat(given: Mapping[str, Any]) -> Mapping[str, Any]:
 def steps(values: Sequence[Sequence[float]]) -> dict[str, Tensor]:
     """Lists of different lengths, filled up with NaN."""
     width = max((len(v) for v in values), default=0)
-    filled = [[*map(float, v), *[float("nan")] * (width - len(v))] for v in values]
-    return {"steps_BS": torch.tensor(filled, dtype=torch.float64).reshape(len(values), width)}
+    filled = torch.tensor(padded(values, width, float("nan")), dtype=torch.float64)
+    return {"steps_BS": filled.reshape(len(values), width)}
 
 
 def binary(t: Trace) -> Tensor:

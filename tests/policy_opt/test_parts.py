@@ -15,8 +15,9 @@ from policy_opt.aggregate import ConstantLength, SequenceMean, SequenceSum, Toke
 from policy_opt.controllers import Annealed, Dual
 from policy_opt.credits import MIS, TIS, MaskTruncated
 from policy_opt.curriculum import Mixed, Shuffled
+from policy_opt.gates import CappedWeight
 from policy_opt.rewards import KLPenalty, Overlong, TokenReward
-from policy_opt.surrogates import K3, CappedWeight, Clip, ClippedValue, SequenceClip, SequenceTokenClip
+from policy_opt.surrogates import K3, Clip, ClippedValue, SequenceClip, SequenceTokenClip
 from policy_opt.terms import Loss, Term
 from policy_opt.tool_rewards import FewCalls, LeanCalls
 

@@ -139,7 +139,8 @@ def test_the_prefix_may_start_anew_in_every_turn(seed, scale):
     found = report(CappedWeight(gate=PrefixMin(prefix="turn")), b, logp)["prefix_min_ratio"] * b.mask_BT
     for t in range(3):
         alone = b.over(mask_BT=b.mask_BT & (turn == t))
-        close(report(CappedWeight(gate=PrefixMin()), alone, logp)["prefix_min_ratio"] * alone.mask_BT, found * alone.mask_BT)
+        anew = report(CappedWeight(gate=PrefixMin()), alone, logp)["prefix_min_ratio"]
+        close(anew * alone.mask_BT, found * alone.mask_BT)
 
 
 # -- ETR ------------------------------------------------------------------------------------------------
