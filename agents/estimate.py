@@ -10,7 +10,7 @@ import torch
 from agents import demonstrate, warm
 from agents.imitate import batch_of, record
 from agents.ledger import Ledger
-from agents.models import parameters
+from agents.models import parameters, trained_parameters
 from agents.session import Session
 from policy_opt.batch import Batch
 from policy_opt.need import LOGP
@@ -31,8 +31,10 @@ def estimate(session: Session) -> str:
     per_step = factor * (seconds + update * _passes(session))
     evaluation = (2 * c.eval.episodes + c.eval.hard_episodes) / len(ledgers) * seconds / session.world.size
     model = parameters(session.model)
+    trained = trained_parameters(session.model)
+    which = "" if trained == model else f" ({trained:,} trained, in adapters)"
     return "\n".join([
-        f"model      {model:,} parameters, {session.world.size} process(es), {torch.get_num_threads()} thread(s) each",
+        f"model      {model:,} parameters{which}, {session.world.size} process(es), {torch.get_num_threads()} thread(s) each",
         f"episode    {length:.0f} tokens, {sampled / len(ledgers):.0f} of them sampled"
         f" ({'before any warm start' if c.warm.when != 'never' else 'as the model stands'})",
         f"iteration  {episodes} episodes, {episodes * length:,.0f} tokens, about {per_step:.1f} s",
@@ -82,4 +84,5 @@ def _memory(session: Session, model: int) -> float:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * head * session.player.engine.rows * session.player.limits.max_context
-    return width * (model * (4 * (1 + trained) + frozen) + cache)
+    own = trained_parameters(session.model)  # what is under adapters is there once
+    return width * (model - own + own * (4 * (1 + trained) + frozen) + cache)

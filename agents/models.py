@@ -114,6 +114,11 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def trained_parameters(model: nn.Module) -> int:
+    """Number of those that are trained: all, or the adapters'."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def is_tiny(model: nn.Module) -> bool:
     """Small enough that a second thread costs more in barriers than it computes."""
     return parameters(model) < 20_000_000
