@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from math import log
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,6 +181,26 @@ class PromptNorm(Part):
         return b.put(adv_prompt_B=(gap_Q / (std + self.eps))[g.index_B], prompt_reward_B=mean_Q[g.index_B])
 
 
+class Answers(NamedTuple):
+    """The different answers of every group."""
+
+    index_B: Tensor
+    """Number of each row's answer among those of all groups."""
+    group_A: Tensor
+    """Group number of each answer, as in b.index()."""
+    share_A: Tensor
+    """Share of the group's trajectories that gave it."""
+
+
+def answers(b: Batch, answer_B: Tensor) -> Answers:
+    """Rows of a group with the same number in answer_B (int64) gave the same answer; a trajectory counts once."""
+    once_B = b.once().to(b.logp_sampler_BT.dtype)
+    index_B = b.index()[0]
+    pair_A2, answer_B = torch.unique(torch.stack([index_B, answer_B], 1), dim=0, return_inverse=True)
+    group_A = pair_A2[:, 0]
+    return Answers(answer_B, group_A, torch.bincount(answer_B, once_B) / torch.bincount(index_B, once_B)[group_A])
+
+
 @dataclass(frozen=True)
 class AnswerEntropy(Part):
     """Entropy in bits of the final answers of each group: -sum p log2(p + eps), p = share of an answer.
@@ -195,14 +216,9 @@ class AnswerEntropy(Part):
     writes = frozenset({"answer_entropy_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        index_B, count = b.index()
-        row_N = b.once().nonzero().squeeze(1)
-        pair_N2 = torch.stack([index_B, b["answer_B"].long()], 1)[row_N]
-        pair_A2, count_A = torch.unique(pair_N2, dim=0, return_counts=True)
-        size_Q = torch.bincount(index_B[row_N], minlength=count)
-        p_A = count_A.to(b.logp_sampler_BT.dtype) / size_Q[pair_A2[:, 0]]
-        entropy_Q = p_A.new_zeros(count).index_add_(0, pair_A2[:, 0], -p_A * (p_A + self.eps).log2())
-        return b.put(answer_entropy_B=entropy_Q[index_B])
+        of, (index_B, count) = answers(b, b["answer_B"].long()), b.index()
+        bits_A = -torch.xlogy(of.share_A, of.share_A + self.eps) / log(2)
+        return b.put(answer_entropy_B=bits_A.new_zeros(count).index_add_(0, of.group_A, bits_A)[index_B])
 
 
 @dataclass(frozen=True)

@@ -229,13 +229,14 @@ class TailRisk(Part):
 class ShareOut(Part):
     """A paper's advantage shared out to its responses, by what each of them earned.
 
+    uniform:   A
     std:       A / (std of the question's rewards + eps); a std up to 1e-3 is taken as 1
     sum_mean:  A d_i / sum d, d = R_i - mean of the question's rewards; equal parts where |sum d| <= eps
     score:     A / 2 where R_i > 0, else 3 A / 2
     """
 
     stage: ClassVar[str] = "advantage"
-    rule: Literal["std", "sum_mean", "score"] = "std"
+    rule: Literal["uniform", "std", "sum_mean", "score"] = "std"
     eps: float = 1e-6
 
     reads = frozenset({"adv_B", "paper_B", "reward_B", "group_B"})
@@ -243,6 +244,8 @@ class ShareOut(Part):
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
         g, adv_B = groups(b), b["adv_B"]
+        if self.rule == "uniform":
+            return b
         if self.rule == "score":
             return b.over(adv_B=adv_B * torch.where(g.reward_B > 0, 0.5, 1.5))
         if self.rule == "std":

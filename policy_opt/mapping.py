@@ -74,6 +74,12 @@ def reported(*names: str) -> dict[str, Callable[[Trace], Tensor]]:
     return {name: partial(Trace.report, name=name) for name in names}
 
 
+def losses(t: Trace) -> Tensor:
+    """What the first term's surrogate gives, 0 outside the mask where it is per token."""
+    found = t.recipe.terms[0].loss(t.clean, t.batch)
+    return found * t.batch.mask_BT if found.ndim == 2 else found
+
+
 def by_id(t: Trace, value_B: Tensor, ids: str = "group") -> dict[str, Any]:
     """A quantity that all rows with one id share, by the id's text; null for NaN."""
     values = [None if v != v else v for v in value_B.tolist()]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from policy_opt.advantages import GroupNorm
+from policy_opt.baselines import answers
 from policy_opt.batch import Batch
 from policy_opt.mapping import by_id, numbered
 from policy_opt.part import Ctx, Part
@@ -42,13 +43,8 @@ class AnswerClusters(Part):
     writes = frozenset({"cluster_B", "cluster_prob_B", "cluster_entropy_B"})
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
-        index_B, count = b.index()
-        once_B = b.once().to(b.logp_sampler_BT.dtype)
-        answer_B = b["answer_B"].long()
-        key_B2 = torch.stack([index_B, torch.where(answer_B < 0, -1 - b.roots(), answer_B)], 1)
-        unit_C2, cluster_B = torch.unique(key_B2, dim=0, return_inverse=True)
-        group_C = unit_C2[:, 0]
-        p_C = torch.bincount(cluster_B, once_B) / torch.bincount(index_B, once_B)[group_C]
+        answer_B, (index_B, count) = b["answer_B"].long(), b.index()
+        cluster_B, group_C, p_C = answers(b, torch.where(answer_B < 0, -1 - b.roots(), answer_B))
         entropy_Q = p_C.new_zeros(count).index_add_(0, group_C, torch.special.entr(p_C))
         return b.put(
             cluster_B=self.numbers(b, cluster_B, group_C)[cluster_B],

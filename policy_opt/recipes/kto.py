@@ -23,7 +23,7 @@ from torch import Tensor
 from policy_opt.aggregate import SequenceSum
 from policy_opt.bank import WITH_REFERENCE
 from policy_opt.batch import Batch
-from policy_opt.mapping import padded
+from policy_opt.mapping import losses, own, padded
 from policy_opt.need import LOGP, LOGP_REF, LogProb, Mismatched, Need
 from policy_opt.part import Part
 from policy_opt.preferences import log_ratios, whole
@@ -103,8 +103,8 @@ def arrange(inputs: Mapping[str, Any]) -> dict[str, Any]:
         pairs = zip(inputs[name], inputs["kl_mask"], strict=True)
         return padded([[x if m else 0.0 for x, m in zip(*pair, strict=True)] for pair in pairs], width)
 
-    own = {name: padded(inputs[name], width) for name in ("logp_new", "logp_ref", "mask")}
-    return {**inputs, **own, "kl_logp_new": on_mask("kl_logp_new"), "kl_logp_ref": on_mask("kl_logp_ref")}
+    logp = {name: padded(inputs[name], width) for name in ("logp_new", "logp_ref", "mask")}
+    return {**inputs, **logp, "kl_logp_new": on_mask("kl_logp_new"), "kl_logp_ref": on_mask("kl_logp_ref")}
 
 
 recipe = Recipe(
@@ -130,9 +130,9 @@ recipe = Recipe(
         arrange=arrange,
         outputs={
             "seq_logratio": lambda t: t.report("log_ratio"),
-            "kl_before_clamp": lambda t: t.recipe.terms[0].loss.estimate(t.batch),
-            "kl_z0": lambda t: t.recipe.terms[0].loss.z0(t.batch),
-            "per_sample_loss": lambda t: t.recipe.terms[0].loss(t.clean, t.batch),
+            "kl_before_clamp": lambda t: own(t, ProspectValue).estimate(t.batch),
+            "kl_z0": lambda t: own(t, ProspectValue).z0(t.batch),
+            "per_sample_loss": losses,
             "grad_logp_new": lambda t: t.gradient(t.total)[:, : len(t.given["mask"][0])],
             "implicit_reward": lambda t: t.report("implicit_reward"),
         },

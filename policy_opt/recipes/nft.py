@@ -27,14 +27,14 @@ from policy_opt.advantages import groups
 from policy_opt.aggregate import ConstantSum
 from policy_opt.batch import Batch
 from policy_opt.curriculum import Curriculum, Mixed
-from policy_opt.mapping import every_group, variant
+from policy_opt.mapping import every_group, losses, variant
 from policy_opt.need import LOGP, LOGP_OLD
 from policy_opt.part import Ctx, Part
 from policy_opt.preferences import whole
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import Streams, log_ratio
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors
+from policy_opt.vectors import Vectors
 
 LOG_RATIO_MAX = 10.0
 """Above it R is constant."""
@@ -124,12 +124,6 @@ class ImplicitNegative(Part):
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:
         return {"ratio": self.log_r(s, b).exp()}
-
-
-def losses(t: Trace) -> Tensor:
-    """The surrogate's losses, 0 outside the mask."""
-    found = t.recipe.terms[0].loss(t.clean, t.batch)
-    return found * t.batch.mask_BT if found.ndim == 2 else found
 
 
 recipe = Recipe(

@@ -21,6 +21,7 @@ step in the released snapshot, so there a and b are those of the bundle's own pa
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -32,28 +33,16 @@ from policy_opt.surrogates import SequenceClip
 from policy_opt.terms import Term
 from policy_opt.vectors import Trace, Vectors, aggregation
 
-RELEASE = (
-    "advantage.form=release",
-    "advantage.normalise=True",
-    "advantage.floor=0",
-    "terms=term(clip(dual_clip=3.0), agg=token_mean())",
-)
-
 
 def released(recipe: Recipe, w_mix: float) -> Recipe:
     """The param w_mix: a case of the released code."""
-    return recipe.set(*RELEASE, f"advantage.w_mix={w_mix}")
-
-
-def shared(recipe: Recipe, rule: str) -> Recipe:
-    """The param credit."""
-    return recipe if rule == "uniform" else recipe.set(f"advantage+=share_out(rule={rule.replace('-', '_')})")
+    return recipe.set("variant=release", "advantage.rule=uniform", f"advantage.w_mix={w_mix}")
 
 
 def dealt(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
     """A case's bundles come with it, the k-th responses of a bundle's questions are a paper."""
-    unknown = "scores" not in inputs and inputs.get("q_alpha") is None
-    return recipe.set("reward.permute=False", *(("advantage.quantiles=batch",) if unknown else ()))
+    known = "scores" in inputs or inputs.get("q_alpha") is not None
+    return recipe.set("reward.permute=False", f"advantage.quantiles={'tracked' if known else 'batch'}")
 
 
 def singles(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,13 +70,12 @@ def remember(t: Trace) -> None:
 
 def scores(t: Trace) -> dict[str, list[float]]:
     """The papers of each bundle, in order."""
-    found: dict[str, dict[int, float]] = {str(d): {} for d in t.inputs["bundle"]}
-    for bundle, paper, score in zip(
-        t.inputs["bundle"], t["paper_B"].tolist(), t["paper_score_B"].tolist(), strict=True
-    ):
+    papers = zip(t["paper_B"].tolist(), t.inputs["bundle"], t["paper_score_B"].tolist(), strict=True)
+    found: dict[str, list[float]] = {str(bundle): [] for bundle in t.inputs["bundle"]}
+    for paper, bundle, score in sorted(set(papers), key=itemgetter(0)):
         if paper >= 0:
-            found[str(bundle)][paper] = score
-    return {bundle: [at[paper] for paper in sorted(at)] for bundle, at in found.items()}
+            found[str(bundle)].append(score)
+    return found
 
 
 recipe = Recipe(
@@ -105,10 +93,13 @@ recipe = Recipe(
     terms=(Term(SequenceClip(clip_low=0.2, clip_high=0.2)),),
     variants={
         "release": (
-            *RELEASE,
+            "advantage.form=release",
+            "advantage.normalise=True",
+            "advantage.floor=0",
             "advantage.natural=False",
             "advantage.quantiles=batch",
             "advantage+=share_out(rule=sum_mean)",
+            "terms=term(clip(dual_clip=3.0), agg=token_mean())",
         ),
     },
     vectors=Vectors(
@@ -120,7 +111,7 @@ recipe = Recipe(
             "omega": "advantage.omega",
             "natural_baseline": "advantage.natural",
             "norm_by_bundle_std": "advantage.normalise",
-            "credit": shared,
+            "credit": lambda recipe, rule: recipe.set(f"advantage.rule={rule.replace('-', '_')}"),
             "eps": optional("advantage.tail_risk.eps", "advantage.share_out.eps"),
             "clip": ("terms.clip_low", "terms.clip_high"),
             "clip_low": "terms.clip_low",
