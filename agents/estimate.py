@@ -34,7 +34,8 @@ def estimate(session: Session) -> str:
     trained = trained_parameters(session.model)
     which = "" if trained == model else f" ({trained:,} trained, in adapters)"
     return "\n".join([
-        f"model      {model:,} parameters{which}, {session.world.size} process(es), {torch.get_num_threads()} thread(s) each",
+        f"model      {model:,} parameters{which}, {session.world.size} process(es), "
+        f"{torch.get_num_threads()} thread(s) each",
         f"episode    {length:.0f} tokens, {sampled / len(ledgers):.0f} of them sampled"
         f" ({'before any warm start' if c.warm.when != 'never' else 'as the model stands'})",
         f"iteration  {episodes} episodes, {episodes * length:,.0f} tokens, about {per_step:.1f} s",

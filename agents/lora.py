@@ -45,8 +45,10 @@ def adapt(model: Any, config: LoraConfig, seed: int) -> None:
             start.copy_(nn.init.kaiming_uniform_(torch.empty(start.shape), a=math.sqrt(5), generator=draw))
 
 
-def check(config: LoraConfig) -> None:
-    """UsageError where options of adapters are given, but no adapters are asked for."""
+def check(config: LoraConfig, split: bool = False) -> None:
+    """UsageError where options of adapters are given but no adapters, or adapters to weights that are split (FSDP)."""
+    if config.rank and split:
+        raise UsageError("--lora.rank with FSDP: base weights under adapters are not split over processes; take DDP")
     if not config.rank and (config.alpha is not None or config.targets):
         raise UsageError("--lora.alpha and --lora.targets say what adapters are like: give --lora.rank, too")
 
