@@ -15,17 +15,13 @@ from policy_opt.batch import Batch, side_by_side
 from policy_opt.credits import weigh
 from policy_opt.need import LOGP_OLD, LOGP_REF
 from policy_opt.part import Ctx, Part
+from policy_opt.preferences import lengths, whole
 
 
 def mean_logp(b: Batch, logp_BT: Tensor) -> Tensor:
     """Mean log-prob of the trajectory's policy tokens, 0 where it has none; the same on all its rows: [B]."""
-    total_B = torch.where(b.mask_BT, logp_BT, 0).sum(1)
-    count_B = b.mask_BT.sum(1).to(total_B.dtype)
-    if b.branched:
-        root_B = b.roots()
-        total_B = torch.zeros_like(total_B).index_add_(0, root_B, total_B)[root_B]
-        count_B = torch.zeros_like(count_B).index_add_(0, root_B, count_B)[root_B]
-    return total_B / count_B.clamp(min=1)
+    total_B = whole(b, torch.where(b.mask_BT, logp_BT, 0).sum(1))
+    return total_B / lengths(b, total_B).clamp(min=1)
 
 
 @dataclass(frozen=True)

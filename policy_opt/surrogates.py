@@ -55,6 +55,11 @@ def outside(rho: Tensor, adv: Tensor, low: float | Tensor, high: float | Tensor)
     return ((adv > 0) & (rho > 1 + high)) | ((adv < 0) & (rho < 1 - low))
 
 
+def straight_through(value: Tensor, s: Streams) -> Tensor:
+    """sg[value] pi / sg[pi]: the value with the gradient of each token's own probability: [B, T]."""
+    return value.detach() * (s["logp_BT"] - s["logp_BT"].detach()).exp()
+
+
 def check_widths(clip_low: float, clip_high: float) -> None:
     """ValueError where a width of the trust region is negative."""
     if clip_low < 0 or clip_high < 0:
@@ -167,8 +172,7 @@ class SequenceTokenClip(Part):
     reads = frozenset({"adv"})
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        value_B1 = mean_log_ratio(s, b).detach()[:, None]
-        rho_BT = ratio(value_B1) * (s["logp_BT"] - s["logp_BT"].detach()).exp()
+        rho_BT = straight_through(ratio(mean_log_ratio(s, b))[:, None], s)
         return clipped(rho_BT, b.per_token("adv"), self.clip_low, self.clip_high)
 
     def report(self, s: Streams, b: Batch) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from policy_opt.need import LOGP, LOGP_OLD
 from policy_opt.part import Part
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
-from policy_opt.surrogates import Streams, check_widths, clipped, log_ratio, mean_log_ratio, ratio
+from policy_opt.surrogates import Streams, check_widths, clipped, log_ratio, mean_log_ratio, ratio, straight_through
 from policy_opt.terms import Term
 from policy_opt.vectors import Vectors
 
@@ -74,7 +74,7 @@ class HybridClip(Part):
         """(r, s), both [B, T]."""
         seq_B1 = ratio(mean_log_ratio(s, b))[:, None]
         if self.seq_grad == "token":
-            seq_B1 = seq_B1.detach() * (s["logp_BT"] - s["logp_BT"].detach()).exp()
+            return ratio(log_ratio(s, b)), straight_through(seq_B1, s)
         return ratio(log_ratio(s, b)), seq_B1.expand(b.B, b.T)
 
     def mixed(self, s: Streams, b: Batch) -> tuple[Tensor, Tensor]:
