@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ class Verifier:
                     f"are still {mean:.3g} away (rounding: {noise:.3g})"
                 )
         self.noise = noise
-        self.anchors = {"first": self.anchors.get("first", ours), "last": ours}
+        self.anchors = {"last": ours, "first": self.anchors.get("first", ours)}
         return gap, ""
 
 
@@ -100,29 +101,35 @@ class WeightSync:
         model: the policy; its forward, under the run's precision, is what the engine must reproduce.
         probe: ids that are scored.
         limit: largest difference of log-probs that is accepted.
+
+    Attributes:
+        whole: the policy with all of its weights, for as long as a `with` lasts; a policy that is split over
+            processes sets it.
     """
 
     def __init__(self, engine: Receiver, model: Any, world: World, probe: Sequence[int], limit: float):
-        self.engine, self.model, self.world, self.probe = engine, model, world, list(probe)
+        self.engine, self.world, self.probe = engine, world, list(probe)
+        self.whole: Callable[[], AbstractContextManager[Any]] = lambda: nullcontext(model)
         self.verifier = Verifier(limit)
         self.delivered: int | None = None
         self.gap = self.seconds = 0.0
 
     def __call__(self, version: int) -> None:
         """Bring the engine to this version of the weights; raises EngineFailure, on every process, if it is not."""
-        problem = self._follow(version)
+        with self.whole() as model:
+            problem = self._follow(model, version)
         problems = [f"process {rank}: {p}" for rank, p in enumerate(self.world.gather(problem)) if p]
         if problems:
             raise EngineFailure(problem or problems[0], everywhere=True)
 
-    def _follow(self, version: int) -> str:
+    def _follow(self, model: Any, version: int) -> str:
         """Deliver and verify; what went wrong, or nothing."""
         with torch.no_grad(), self.world.autocast():
-            ours = plain_log_probs(self.model, self.probe).double().cpu()
+            ours = plain_log_probs(model, self.probe).double().cpu()
         try:
             if self.delivered != version:
                 began = time.monotonic()
-                self.engine.deliver(self.model, version)
+                self.engine.deliver(model, version)
                 self.seconds += time.monotonic() - began
                 self.delivered = self.engine.version = version
             theirs = torch.tensor(self.engine.log_probs(self.probe), dtype=torch.float64).view(-1, len(ours))
@@ -148,11 +155,11 @@ CAUSES = (
 
 
 def write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """The model as `save_pretrained` writes it, in one file, in `dtype`; a tied head is written as its own matrix.
+    """The model as `save_pretrained` writes it, in one file, in `dtype`.
 
-    vLLM keeps a tied head's old matrix when weights are reloaded, so the engine's copy of the model is not tied.
+    A tied head is written as its own matrix: vLLM keeps a tied head's old one when weights are reloaded.
     """
-    state = {name: t.detach().to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
     head = model.get_output_embeddings()
     name = next(n for n, module in model.named_modules() if module is head)
     tied = head.weight is model.get_input_embeddings().weight

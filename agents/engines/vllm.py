@@ -16,6 +16,7 @@ on the batch's size, and a draw that falls on the edge between two ids can chang
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -186,18 +187,23 @@ class VllmEngine:
     # ------------------------------------------------------------------ Receiver
 
     def deliver(self, model: Any, version: int) -> None:
-        """Take over the model's weights. Of a model with adapters the base is taken once, then the adapters only."""
-        adapted = bool(lora.layers(model))
+        """Take over the model's weights. Of a model with adapters the base is taken once, then the adapters only,
+        unless they are to be merged.
+        """
+        adapted = self._takes_adapters(model)
         if self.process is None:
             self.process = self._start(model)
         elif not adapted:
-            write_model(model, self.process.folder / "model", self.dtype)
+            write_model(lora.merged(model) if lora.layers(model) else model, self.process.folder / "model", self.dtype)
             self.process.call("load", str(self.process.folder / "model"))
         if adapted:
             self._adapters += 1  # vLLM keeps adapters by number
             lora.save(model, self.process.folder / "adapter")
             self.process.call("adapt", str(self.process.folder / "adapter"), self._adapters)
         self.version = version
+
+    def _takes_adapters(self, model: Any) -> bool:
+        return bool(lora.layers(model)) and not self.settings.merge
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         """Log-prob of each id given those before it, all but the first."""
@@ -218,7 +224,9 @@ class VllmEngine:
 
     def _start(self, model: Any) -> CoreProcess:
         process = CoreProcess(environment(self.device, self.settings.tensor_parallel))
-        write_model(model, process.folder / "model", self.dtype)
+        adapted = self._takes_adapters(model)
+        plain = lora.without(model) if adapted else lora.merged(model) if lora.layers(model) else model
+        write_model(plain, process.folder / "model", self.dtype)
         options = self._options(str(process.folder / "model"), model)
         process.call("start", options, Convention(
             self.params.top_k, self.params.top_p, self.stop_ids, self.banned_ids
@@ -242,7 +250,7 @@ class VllmEngine:
             # Without a GPU vLLM cannot take back the draw of a seeded request whose prompt is fed in parts.
             options["enable_chunked_prefill"] = False
             options["max_num_batched_tokens"] = max(_FED_TOKENS, self.max_context, self.rows)
-        if lora.layers(model):
+        if self._takes_adapters(model):
             rank = max(layer.r[lora.ADAPTER] for layer in lora.layers(model).values())
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in _RANKS if r >= rank)}
         return options
@@ -336,10 +344,8 @@ class CoreProcess:
 
 
 def _end(popen: subprocess.Popen, connection: Connection, folder: Path) -> None:
-    connection.close()  # the process ends by itself when nobody listens
-    try:
-        popen.wait(timeout=3)
-    except subprocess.TimeoutExpired:
-        popen.kill()
-        popen.wait()
+    connection.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(popen.pid, signal.SIGKILL)  # vLLM's workers with it; there is nothing to save
+    popen.wait()
     shutil.rmtree(folder, ignore_errors=True)
