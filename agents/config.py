@@ -16,7 +16,7 @@ class OptimConfig:
     """lion, lion_k, momentum, stosignsgd, or one of torch.optim: adamw, adam, sgd, ...; with options of its own as
     NAME(OPTION=VALUE), e.g. lion_k(kappa=huber(e=0.05)) or stosignsgd(direction=adam)."""
     lr: Positive | None = None
-    """Peak learning rate; none: 5e-4 for models below 20 million parameters, else 1e-6."""
+    """Peak learning rate; none: 5e-4 for models below 20 million parameters, else 1e-6; ten times that for adapters."""
     beta1: Fraction = 0.9
     """Momentum, where the optimizer has one."""
     beta2: Fraction = 0.99
@@ -88,7 +88,8 @@ class VllmConfig:
     """The engine `vllm` (extra `vllm`)."""
 
     servers: tuple[str, ...] = ()
-    """Addresses of running servers, http://HOST:PORT; may be given several times; none: colocated, in this process."""
+    """Addresses of running servers, http://HOST:PORT, as `python -m agents.serve` starts them; may be given several
+    times; none: an engine of this run's own, on its device."""
     memory: Fraction = 0.4
     """Share of the GPU's memory for weights and keys and values of a colocated engine."""
     kv_gib: Positive = 1.0

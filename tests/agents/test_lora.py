@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from agents import lora
+from agents import lora, optim
 from agents.cli import UsageError
 from agents.config import LoraConfig, OptimConfig, SaveConfig
 from agents.critic import trunk_of
@@ -112,6 +112,11 @@ def test_only_adapters_are_trained():
         path, _, leaf = name.rpartition(".")
         assert torch.equal(now.get(f"{path}.base_layer.{leaf}", now.get(name)), tensor), name
     assert not torch.equal(logits(model), logits(tiny()))
+
+
+def test_adapters_have_a_rate_of_their_own():
+    assert optim.resolved(OptimConfig(), tiny()).lr == 5e-4 and optim.resolved(OptimConfig(), adapted()).lr == 5e-3
+    assert optim.resolved(OptimConfig(lr=3e-4), adapted()).lr == 3e-4
 
 
 def test_trunk_head_and_shared_openings_work_on_adapted_models():
