@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ class Player:
         world: the processes; each plays its share.
         version: called for the policy's version whenever play begins.
         sync: brings an engine with weights of its own to a version, verified; None: it samples from the policy itself.
+        whole: while it is open, whoever samples or takes over weights finds them whole, on every process.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class Player:
         world: World | None = None,
         version: Callable[[], int] = lambda: 0,
         sync: WeightSync | None = None,
+        whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.make_env, self.chat, self.engine, self.limits, self.seed = make_env, chat, engine, limits, seed
         self.world = world or World()
-        self.version, self.sync = version, sync
+        self.version, self.sync, self.whole = version, sync, whole
         self.pool = EnvPool(make_env)
         self.carried = Carried()
 
@@ -64,7 +67,9 @@ class Player:
         mine = [job for job, home in zip(jobs, homes, strict=True) if home == self.world.rank]
         kept = self.carried.take(mine, self.pool, self.limits)
         tell = self._scaled(on_progress, len(mine), len(jobs))
-        played = self.perform(mine, kept, self.follow(), seed=seed, options=options, on_progress=tell)
+        version = self.follow()
+        with self.whole() if self.sync is None else nullcontext():
+            played = self.perform(mine, kept, version, seed=seed, options=options, on_progress=tell)
         shares = [iter(share) for share in self.world.gather(played)]
         everything = [next(shares[home]) for home in homes]
         self.carried.put(jobs, everything, homes, kept, options or {})
@@ -100,7 +105,8 @@ class Player:
         """
         version = self.version()
         if self.sync is not None:
-            self.sync(version)
+            with self.whole():
+                self.sync(version)
         return version
 
     def demonstrate(self, jobs: Sequence[Job]) -> list[Trajectory]:

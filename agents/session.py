@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import policy_opt
+from agents import ahead, lora
 from agents.actor import LMActor, Player, refuse_truncated
 from agents.chat import ChatFormat
 from agents.cli import UsageError, assignments, check_ranges
 from agents.config import TrainConfig
 from agents.dist import World
 from agents.engines.base import SampleParams
-from agents.engines.hf import HFEngine
+from agents.engines.build import build_engine
+from agents.environment import env_maker, lived
 from agents.forward import Convention
 from agents.learner import LMLearner
 from agents.models import DTYPES, is_tiny, load_model
@@ -69,23 +73,6 @@ def env_arguments(config: TrainConfig) -> dict[str, Any]:
     return arguments
 
 
-def env_maker(spec: str, arguments: Mapping[str, Any]) -> MakeEnv:
-    """A function that makes the environment; it is called once here, so that mistakes show at once.
-
-    Raises UnknownEnv with a did-you-mean, UsageError on a wrong argument.
-    """
-    import envs
-
-    def make() -> Any:
-        return envs.make(spec, **arguments)
-
-    try:
-        make().close()
-    except (TypeError, ValueError, OSError) as error:
-        raise UsageError(f"{spec}: {error}") from error
-    return make
-
-
 def env_facts(make_env: MakeEnv, most_tasks: int) -> tuple[int, float, Verdict | None]:
     """Training tasks (at most so many), the lowest reward, and a verdict: of a task that nobody worked on.
 
@@ -130,35 +117,73 @@ def with_temperature(recipe: Recipe, temperature: float) -> Recipe:
 def build(config: TrainConfig, world: World) -> Session:
     """Build a session. Raises UsageError, UnknownEnv, RecipeError or ChatFormatError on what the user got wrong."""
     check_ranges(config)
+    lora.check(config.lora, split=world.sharding is not None)
+    if world.sharding is not None:
+        refuse_split(config)
     recipe = policy_opt.get(config.algo)
     recipe = recipe.set(*config.set) if config.set else recipe
     recipe.check()
     recipe = with_temperature(recipe, config.rollout.temperature)
+    recipe, corrected = ahead.corrected(recipe, config.ahead)
     temperature = (recipe.phases[0].recipe if recipe.phases else recipe).sampler.temperature
     refuse_truncated(config.rollout.top_k, config.rollout.top_p, temperature)
-    make_env = env_maker(config.env, env_arguments(config))
+    share = -(-config.workers // world.size)
+    make_env = env_maker(config.env, env_arguments(config), share, config.worker)
     tasks, lowest, sample = env_facts(make_env, config.train_tasks)
     dtype = DTYPES["float64" if config.dtype == "float64" else "float32"]
     model, tokenizer = load_model(config.model, dtype)
-    model.to(world.device)
+    if config.lora.rank:
+        lora.adapt(model, config.lora, config.seed)
+    whole = placed(model, world)
     torch.set_num_threads(config.threads or (1 if is_tiny(model) else torch.get_num_threads()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
-        player = _player(config, world, make_env, model, chat, lowest, temperature)
+        player = _player(config, world, make_env, whole, chat, lowest, temperature)
     convention = Convention(temperature, tuple(chat.banned_ids))
     learner = LMLearner(
         model, seeded(config.optim, config.seed), convention=convention, world=world,
-        micro_tokens=micro_tokens(config, model),
+        micro_tokens=micro_tokens(config, model), packing=config.packing, recompute=config.recompute,
     )  # fmt: skip
+    layout = learner.settle()
     player.version = lambda: learner.version
     actor = LMActor(player, dtype, sample)
+    if unserved := recipe.hooks - actor.hooks:
+        raise UsageError(
+            f"{recipe.slug} draws with the rule `{min(unserved)}`, which the engine {config.engine} does not have: "
+            f"take --engine hf"
+        )
     size = RunSize(tasks, config.groups, config.group_size, config.seed)
-    loop = Loop(recipe, actor, learner, size)
-    notes = tuple(str(w.message) for w in caught)
+    loop = Loop(recipe, actor, learner, size, config.ahead.staleness if config.ahead.on else None)
+    if config.ahead.on:
+        actor.ahead = ahead.build(config, world, player, model)
+    notes = (
+        *corrected, *layout, *lived(config.worker, config.workers, share), *(str(w.message) for w in caught)
+    )  # fmt: skip
     return Session(
         config, world, recipe, make_env, tasks, model, tokenizer, chat, convention, player, actor, learner, loop, notes
     )
+
+
+Whole = Callable[[], AbstractContextManager[Any]]
+"""Opens the policy with whole weights; all processes call it."""
+
+
+def placed(model: Any, world: World) -> Whole:
+    """Put a model where the run computes, or split it over the processes; how to get at its whole weights then."""
+    if world.sharding is None:
+        model.to(world.device)
+        return lambda: nullcontext(model)
+    return partial(world.sharding.shard(model).gathered, dtype=world.precision)
+
+
+def refuse_split(config: TrainConfig) -> None:
+    """UsageError on what FSDP does not go together with."""
+    if config.ahead.on and config.engine == "hf":
+        raise UsageError(
+            "--ahead.on with FSDP and --engine hf: a second process would hold whole weights beside every process; "
+            "take --engine vllm, or leave out --ahead.on"
+        )
 
 
 def micro_tokens(config: TrainConfig, model: Any) -> int:
@@ -178,19 +203,18 @@ def _player(
     config: TrainConfig,
     world: World,
     make_env: MakeEnv,
-    model: Any,
+    whole: Whole,
     chat: ChatFormat,
     error_reward: float,
     temperature: float,
 ) -> Player:
-    r, context = config.rollout, max_context(config, model)
+    r = config.rollout
     params = SampleParams(temperature, r.top_k, r.top_p, r.max_new_tokens)
-    engine = HFEngine(
-        model, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params,
-        rows=max(1, -(-r.rows // world.size)), max_context=context,
-    )  # fmt: skip
+    with whole() as model:
+        context = max_context(config, model)
+        engine, sync = build_engine(config, world, model, chat, params, context)
     limits = Limits(
         max_turns=r.max_turns or 64, max_new_tokens=r.max_new_tokens, max_context=context,
         error_reward=error_reward,
     )
-    return Player(make_env, chat, engine, limits, config.seed, world)
+    return Player(make_env, chat, engine, limits, config.seed, world, sync=sync, whole=whole)

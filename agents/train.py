@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # the command line answers before torch and transformers are 
 
 MODULE = "agents.train"
 MAY_CHANGE = frozenset(
-    {"steps", "eval", "save", "resume", "from_step", "dry_run", "json", "plain", "processes", "peer_timeout_s"}
+    {"steps", "eval", "save", "resume", "from_step", "dry_run", "json", "plain", "processes", "peer_timeout_s",
+     "micro_tokens", "packing", "recompute", "workers", "worker"}
 )
 """What a resumed run takes from the command line; anything else would make it another run."""
 
@@ -56,7 +57,8 @@ def resolve(argv: Sequence[str]) -> TrainConfig:
 def default_processes(config: TrainConfig) -> int:
     """Two where each can have a core and the model is small enough to gain by it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    alone = config.engine != "hf" or "RANK" in os.environ  # an engine of its own per process would not be faster
+    # An engine of its own per process would not be faster, and what plays ahead is a process already.
+    alone = config.engine != "hf" or config.ahead.on or "RANK" in os.environ
     return 2 if config.model == "bundled" and cores >= 2 and not alone else 1
 
 
@@ -95,6 +97,7 @@ def _run(config: TrainConfig, world: World) -> int:
 
     from agents.display import choose
     from agents.engines.base import EngineFailure
+    from agents.memory import NoRoom
     from agents.session import build
     from agents.trainer import Interrupted, Trainer
 
@@ -121,6 +124,9 @@ def _run(config: TrainConfig, world: World) -> int:
         except EngineFailure as error:
             if world.main or not error.everywhere:
                 print(f"error: {error}\ngo on with: {again(MODULE, path)}", file=sys.stderr)
+            return 1
+        except NoRoom as error:
+            print(f"error: {error}\ngo on with: {again(MODULE, path)}", file=sys.stderr)
             return 1
         except (OSError, SafetensorError) as error:  # a full disk, most likely; checkpoints are whole or absent
             if folder is None:

@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from agents import checkpoint, demonstrate, recording, warm
+from agents import checkpoint, demonstrate, lora, recording, warm
 from agents.actor import facts_mean
 from agents.cli import UsageError, as_json
 from agents.config import TrainConfig
 from agents.display import Display
 from agents.doctor import diagnose
+from agents.environment import losses, news
 from agents.evaluate import EvalResult, evaluate, failure_of
 from agents.imitate import record
-from agents.models import export
+from agents.models import export, locate
 from agents.rollout import Progress
 from agents.runfolder import RunFolder, plain, write_json
 from agents.session import Session, derived, env_arguments
@@ -53,7 +54,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Everything that is still to do; returns the summary. Raises Interrupted after a signal."""
-        with self._listening():
+        with self._listening(), self._ahead():
             if self.started_fresh:
                 self.warm_start()
                 self._stop_if_asked()
@@ -87,7 +88,7 @@ class Trainer:
             self.display.note(f"{dropped} demonstrations do not fit {room} tokens and are left out")
         how = warm.warm_start(
             s.model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=s.learner.micro_tokens, world=s.world,
-            on_step=self._on_warm_step,
+            packing=c.packing, recompute=c.recompute, on_step=self._on_warm_step,
         )  # fmt: skip
         self.display.note(f"warm start: {how}, {len(ledgers)} demonstrations, {time.monotonic() - began:.0f} s")
 
@@ -101,12 +102,14 @@ class Trainer:
         s.actor.begin()
         began = time.monotonic()
         s.actor.on_progress = lambda p: self.display.progress("rollout", p.done, p.total, "")
-        batch, metrics = s.loop.iterate()
+        batch, metrics = s.loop.iterate(more=s.loop.step + 1 < self.config.steps)
         record = self._record(batch, metrics, time.monotonic() - began)
         if self.folder:
             self.folder.log("metrics.jsonl", record)
             self._store(batch)
         self.history.append(record)
+        for line in news(s.make_env):
+            self.display.note(line)
         self.display.step(record, diagnose(self.history, self.evals))
         c, step = self.config, s.loop.step
         if c.eval.every and step % c.eval.every == 0 and step < c.steps:
@@ -125,11 +128,18 @@ class Trainer:
         extra["episodes"] = len(played)
         finished = [t for t in played if not t.unfinished]
         extra["failures"] = sum(failure_of(t) is not None for t in finished) / max(1, len(played))
+        if lost := losses(self.session.make_env):
+            extra["workers_lost"] = lost
         if len(finished) < len(played):
             extra["unfinished"] = 1 - len(finished) / len(played)
         extra["trained_tokens"] = int(batch.real_BT.sum())
         extra["tokens_per_second"] = round(sampled / max(seconds, 1e-9), 1)
         extra["lr"] = self.session.learner.lr
+        extra["oom_splits"] = self.session.learner.count_splits()
+        if (ahead := self.session.actor.ahead) is not None:
+            extra["wait_seconds"] = round(ahead.waited, 3)
+        if self.session.player.sync is not None:
+            extra |= self.session.player.sync.metrics()
         return {**extra, **metrics}
 
     # ------------------------------------------------------------------ evaluation
@@ -138,6 +148,7 @@ class Trainer:
         """Play held-out tasks and record the result under a name: before, during, after, harder."""
         s, c = self.session, self.config
         hard = name == "harder"
+        s.actor.free()
         n = episodes or (c.eval.hard_episodes if hard else c.eval.episodes)
         self.display.phase(f"evaluation ({name})", f"{n} held-out tasks")
         played: list[Trajectory] = []
@@ -173,13 +184,15 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of everything that the next iteration depends on. A full disk is reported, not fatal."""
+        self.session.actor.settle()
+        s = self.session
+        learner = s.learner.state_dict() if self.folder or s.world.sharding else {}  # split weights: all take part
         if self.folder is None:
             return
-        s = self.session
         try:
             state = {
-                "loop": s.loop.state_dict(), "actor": s.actor.state_dict(), "learner": s.learner.state_dict(),
-                "files": self.folder.mark(),
+                "loop": s.loop.state_dict(), "actor": s.actor.state_dict(), "learner": learner,
+                "files": self.folder.mark(), "processes": s.world.size,
             }  # fmt: skip
             checkpoint.save(self.folder.path / "checkpoints", s.loop.step, state, self.config.save.keep)
         except OSError as error:
@@ -205,6 +218,11 @@ class Trainer:
         saved = checkpoint.load(path) if path is not None else None
         if saved is not None:
             restore(self.session, saved)
+            before, now = saved.state.get("processes", self.session.world.size), self.session.world.size
+            if before != now:
+                self.display.note(
+                    f"the run had {before} process(es) and now has {now}: it goes on as it would have but for rounding"
+                )
         if self.folder is not None:
             self.folder.rewind(saved.state["files"] if saved is not None else {})
             self.history = self.folder.records("metrics.jsonl")
@@ -218,11 +236,15 @@ class Trainer:
         for entry in self.evals:
             if entry["label"] in ("before", "after", "harder"):
                 summary[f"success_{entry['label']}"] = entry["success"]
+        with s.learner.bank.policy.whole("cpu") as model:  # split weights: all processes take part
+            if self.folder is not None:
+                export(model, s.tokenizer, self.folder.path / "model", self._card(summary))
         if self.folder is None:
             return summary
         summary["run"] = str(self.folder.path)
         summary["seconds"] = round(time.monotonic() - self.started, 1)
-        export(s.model, s.tokenizer, self.folder.path / "model", self._card(summary))
+        if lora.layers(s.model):
+            lora.save(s.model, self.folder.path / "adapter", locate(self.config.model))
         summary["report"] = self._report()
         write_json(self.folder.path / "summary.json", summary)
         return summary
@@ -249,6 +271,19 @@ class Trainer:
         return lines
 
     # ------------------------------------------------------------------ signals
+
+    @contextmanager
+    def _ahead(self):
+        """What plays ahead is there while the run goes on."""
+        ahead = self.session.actor.ahead
+        if ahead is None:
+            yield
+            return
+        try:
+            ahead.open()
+            yield
+        finally:
+            ahead.close()
 
     @contextmanager
     def _listening(self):
