@@ -13,7 +13,7 @@ from policy_opt.aggregate import SequenceMean
 from policy_opt.credits import EqualGroups
 from policy_opt.gates import Fiber, FiberDomain, Gated, PrefixState, StateBudget
 from policy_opt.surrogates import Reinforce
-from tests.policy_opt.test_parts import CTX, gradient, seeds
+from tests.policy_opt.drawn import CTX, gradient, seeds
 from tests.policy_opt.test_trust import close, drift, quick, report, scales, value, with_advantage
 
 GATES = (Fiber(), FiberDomain(domain="level_B"), StateBudget())

@@ -34,7 +34,7 @@ from policy_opt.trust import (
     WidenByVariance,
     Widths,
 )
-from tests.policy_opt.test_parts import CTX, gradient, random_batch, seeds
+from tests.policy_opt.drawn import CTX, gradient, random_batch, seeds
 
 quick = settings(max_examples=15, deadline=None)
 scales = st.sampled_from([0.01, 0.1, 1.0])
