@@ -12,7 +12,7 @@ import random
 import re
 import typing
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import policy_opt
@@ -43,7 +43,7 @@ class Composition:
     slug: str
     specs: tuple[str, ...]
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         """Parsed as the command line parses it."""
         return policy_opt.get(self.slug).set(*self.specs)
