@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,19 @@ def merged(model: Any) -> Any:
 def without(model: Any) -> Any:
     """The plain model under the adapters, its tensors shared with `model`."""
     return _plain(model, lambda layer: layer.base_layer.weight)
+
+
+@contextmanager
+def beneath(model: Any) -> Iterator[Any]:
+    """The plain model under the adapters, trainable for as long as the `with` lasts; a model without any is itself."""
+    if not layers(model):
+        yield model
+        return
+    plain = without(model)
+    try:
+        yield plain.requires_grad_(True)
+    finally:
+        plain.requires_grad_(False)
 
 
 def _plain(model: Any, weight: Callable[[Any], nn.Parameter]) -> Any:

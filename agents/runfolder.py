@@ -4,6 +4,7 @@
     metrics.jsonl    one object an iteration           checkpoints/    the last few, atomic
     eval.jsonl       one object an evaluation          model/          save_pretrained export
     report.html      written by agents.view            summary.json    the final numbers
+    adapter/         adapters as peft keeps them       base/           what they were trained on, after a warm start
 """
 
 from __future__ import annotations

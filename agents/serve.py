@@ -82,9 +82,8 @@ def prepare(command: ServeCommand) -> tuple[str, int]:
 
     place = locate(command.model)
     config = AutoConfig.from_pretrained(place).get_text_config() if place is not None else None
-    serves_weights = command.lora_rank == 0
     model: Any = None
-    if config is None or (config.tie_word_embeddings and serves_weights):
+    if config is None or config.tie_word_embeddings:
         model, tokenizer = load_model(command.model)
         folder = Path(command.folder or tempfile.mkdtemp(prefix="palaestra-serve-"))
         write_model(model, folder, DTYPES[command.dtype])

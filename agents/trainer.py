@@ -19,7 +19,7 @@ from agents.doctor import diagnose
 from agents.environment import losses, news
 from agents.evaluate import EvalResult, evaluate, failure_of
 from agents.imitate import record
-from agents.models import export, locate
+from agents.models import export, load_model, locate
 from agents.rollout import Progress
 from agents.runfolder import RunFolder, plain, write_json
 from agents.session import Session, derived, env_arguments
@@ -28,6 +28,8 @@ from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
 
 Metrics = dict[str, float]
+BASE = "base"
+"""Of a run with adapters and a warm start: the folder of the model under the adapters, which checkpoints leave out."""
 
 
 class Interrupted(Exception):
@@ -86,10 +88,13 @@ class Trainer:
         ledgers, dropped = warm.fitting([record(s.chat, demo) for demo in demos], room)
         if dropped:
             self.display.note(f"{dropped} demonstrations do not fit {room} tokens and are left out")
-        how = warm.warm_start(
-            s.model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=s.learner.micro_tokens, world=s.world,
-            packing=c.packing, recompute=c.recompute, on_step=self._on_warm_step,
-        )  # fmt: skip
+        with lora.beneath(s.model) as model:
+            how = warm.warm_start(
+                model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=s.learner.micro_tokens, world=s.world,
+                packing=c.packing, recompute=c.recompute, on_step=self._on_warm_step,
+            )  # fmt: skip
+        if self.folder is not None and lora.layers(s.model):
+            export(lora.without(s.model), s.tokenizer, self.folder.path / BASE, [f"# {c.model} after its warm start"])
         self.display.note(f"warm start: {how}, {len(ledgers)} demonstrations, {time.monotonic() - began:.0f} s")
 
     def _on_warm_step(self, step: int, steps: int, nll: float) -> None:
@@ -244,7 +249,8 @@ class Trainer:
         summary["run"] = str(self.folder.path)
         summary["seconds"] = round(time.monotonic() - self.started, 1)
         if lora.layers(s.model):
-            lora.save(s.model, self.folder.path / "adapter", locate(self.config.model))
+            base = self.folder.path / BASE
+            lora.save(s.model, self.folder.path / "adapter", str(base) if base.is_dir() else locate(self.config.model))
         summary["report"] = self._report()
         write_json(self.folder.path / "summary.json", summary)
         return summary
@@ -327,6 +333,10 @@ def restore(session: Session, saved: checkpoint.Checkpoint) -> None:
         every = (session.recipe, *(phase.recipe for phase in session.recipe.phases))
         known = {name: spec for r in every for name, spec in r.models.items()}
         built = {name: spec for name, spec in known.items() if name in state["learner"]["members"]}
+        base = saved.path.parents[1] / BASE
+        if lora.layers(session.model) and base.is_dir():
+            plain, _ = load_model(str(base), session.model.dtype)
+            checkpoint.load_tensors(lora.without(session.model).state_dict(), plain.state_dict(), base)
         learner.prepare(built, (), recipe.optimizer)
         learner.load_state_dict(state["learner"])
     except (KeyError, TypeError) as error:

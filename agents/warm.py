@@ -14,7 +14,6 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from agents import lora
 from agents.checkpoint import load_tensors
 from agents.config import OptimConfig, WarmConfig
 from agents.dist import World
@@ -60,7 +59,7 @@ def warm_start(
     """Imitate the ledgers, or load what the same call gave before; returns `trained` or `cached`."""
     file = cache_folder() / "warm" / f"{cache_key(model, ledgers, config, convention, seed)}.safetensors"
     if world.from_main(config.cache and file.is_file()):
-        load_tensors(lora.own_state(model, lora.frozen(model)), load_file(file), file)
+        load_tensors(model.state_dict(), load_file(file), file)
         return "cached"
     learner = LMLearner(
         model, OptimConfig(lr=config.lr, beta2=0.98, weight_decay=0.01),
@@ -69,7 +68,7 @@ def warm_start(
     )  # fmt: skip
     imitate(learner, ledgers, epochs=config.epochs, batch=config.batch, seed=seed, progress=on_step)
     if config.cache:
-        own = {name: collect(t.detach()) for name, t in lora.own_state(model, lora.frozen(model)).items()}
+        own = {name: collect(t.detach()) for name, t in model.state_dict(keep_vars=True).items()}
         if world.main:
             _keep(own, file)
     return "trained"

@@ -8,8 +8,8 @@ Log-probs are those of the softmax after bans and temperature, which is what `--
 makes a server give; that it does is tried at the start. Bans are a bias of -100, the least that the protocol knows:
 such an id is drawn once in e^100 tokens. What is sampled can depend on what else is in a server's batch, by rounding.
 
-Weights travel as files in a folder that the servers see, too (`--vllm.exchange`): a whole model, or only adapters
-where the policy has some and the servers were started for them. `agents.sync` verifies that they arrived.
+Weights travel as files in a folder that the servers see, too (`--vllm.exchange`): a whole model, or of a policy with
+adapters the base model once and then only adapters. `agents.sync` verifies that they arrived.
 """
 
 from __future__ import annotations
@@ -221,15 +221,13 @@ class ServerEngine:
                 f"{server.url} gives log-probs from before bans and temperature: start it with "
                 f"--logprobs-mode processed_logprobs; {HOW}"
             )
-        needed = {
-            "weights": ("/collective_rpc", "VLLM_SERVER_DEV_MODE=1"),
-            "adapters": (
-                "/v1/load_lora_adapter",
-                "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (or give --vllm.merge)",
-            ),
-        }
-        if self.carries in needed and not server.knows(needed[self.carries][0]):
-            raise UsageError(f"{server.url} takes no {self.carries}: start it with {needed[self.carries][1]}; {HOW}")
+        needed = {"/collective_rpc": "VLLM_SERVER_DEV_MODE=1"} if self.carries != "nothing" else {}
+        if self.carries == "adapters":
+            how = "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 (or give --vllm.merge)"
+            needed["/v1/load_lora_adapter"] = how
+        for route, how in needed.items():
+            if not server.knows(route):
+                raise UsageError(f"{server.url} takes no {self.carries}: start it with {how}; {HOW}")
 
     # ------------------------------------------------------------------ Receiver
 
@@ -253,6 +251,9 @@ class ServerEngine:
         folder = self.exchange.next()
         name = f"palaestra-{folder.name}"
         if self.carries == "adapters":
+            if not self.adapter:  # what the adapters stand on, once
+                write_model(lora.without(model), folder / "base", self.dtype)
+                self._everywhere(lambda server: server.load_weights(str(folder / "base"), name))
             lora.save(model, folder)
             self._everywhere(lambda server: server.load_adapter(str(folder), name, self.adapter))
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from agents import lora, optim
 from agents.cli import UsageError
 from agents.config import LoraConfig, OptimConfig, SaveConfig
 from agents.critic import trunk_of
+from agents.display import Silent
 from agents.dist import World
 from agents.engines.hf import HFEngine
 from agents.engines.reference import log_prob_gap
@@ -26,6 +26,7 @@ from agents.learner import LMLearner
 from agents.models import export, load_model
 from agents.prefix import can_share
 from agents.session import build
+from agents.trainer import Trainer
 from policy_opt.bank import CRITIC, REFERENCE, ModelSpec
 from policy_opt.need import VALUES, KLTo, Need
 from tests.agents.small import qwen3
@@ -303,20 +304,22 @@ def test_it_learns(model_folder, tmp_path):  # noqa: F811
     assert sum(reward[-3:]) > 1.5 * sum(reward[:3]), reward
 
 
-def test_the_warm_start_keeps_adapters_only(model_folder, tmp_path, monkeypatch):  # noqa: F811
-    from safetensors import safe_open
-
-    from agents.display import Silent
-    from agents.trainer import Trainer
-
-    config = small(model_folder, lora=RANK, warm=replace(WARM, epochs=3))
-    trained = []
-    for _ in range(2):
-        trainer = Trainer(build(config, World()), None, Silent())
-        trainer.warm_start()
-        trained.append(lora.adapter_state(trainer.session.model))
-    assert all(torch.equal(trained[0][n], trained[1][n]) for n in trained[0])
-    assert max(float(t.abs().max()) for n, t in trained[0].items() if "lora_B" in n) > 0
-    (file,) = (Path(tmp_path) / "cache" / "warm").iterdir()
-    with safe_open(file, "pt") as kept:
-        assert all("lora_" in name for name in kept.keys())
+def test_the_warm_start_is_that_of_full_weights(model_folder, tmp_path):  # noqa: F811
+    """It trains what the adapters stand on, so that a run with adapters begins where one without would."""
+    config = small(model_folder, lora=RANK, warm=replace(WARM, epochs=3), steps=1, optim=OptimConfig(lr=2e-2))
+    plain = Trainer(build(replace(config, lora=LoraConfig()), World()), None, Silent())
+    plain.warm_start()
+    notes = []
+    trainer = start(config, tmp_path / "run")
+    trainer.display.note = notes.append
+    trainer.run()
+    assert any("cached" in note for note in notes), "one cache for both"
+    bare = lora.without(trainer.session.model).state_dict()
+    for name, tensor in plain.session.model.state_dict().items():
+        assert torch.equal(bare[name], tensor)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base").state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in bare.items())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base")
+    adapted_one = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    torch.testing.assert_close(logits(adapted_one), logits(trainer.session.model), rtol=0, atol=1e-6)
+    assert adapted_one.peft_config["default"].base_model_name_or_path == str(tmp_path / "run" / "base")

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents import lora
 from agents.chat import ChatFormat
 from agents.cli import UsageError
-from agents.config import VllmConfig
+from agents.config import LoraConfig, VllmConfig
 from agents.engines import server as server_module
 from agents.engines.base import EngineFailure
 from agents.engines.server import Unreadable
@@ -254,6 +255,21 @@ def test_weights_lie_in_the_exchange_folder_until_the_next_ones(odd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_base_is_delivered_once_and_adapters_under_a_new_name_each_time(odd):
+    one = engine(odd, carries="adapters")
+    model = qwen3(len(byte_bpe()))
+    lora.adapt(model, LoraConfig(rank=2), 0)
+    for version in range(3):
+        one.deliver(model, version)
+        turns(one, {(version, 0): [10]})
+    paths = [path for path, body in odd.seen if body and ("lora" in path or path == "/collective_rpc")]
+    load, drop = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    assert paths == ["/collective_rpc", load, drop, load, drop, load]
+    names = [body["lora_name"] for path, body in odd.seen if path == load and body]
+    assert len(set(names)) == 3
+    assert [body["model"] for path, body in odd.seen if "seed" in body] == names
+
+
 # ---------------------------------------------------------------------- the start
 
 
@@ -261,6 +277,7 @@ def test_weights_lie_in_the_exchange_folder_until_the_next_ones(odd, tmp_path):
     ({"raw": True}, "nothing", "--logprobs-mode processed_logprobs"),
     ({"routes": ()}, "weights", "VLLM_SERVER_DEV_MODE=1"),
     ({"routes": ("/collective_rpc",)}, "adapters", "--enable-lora"),
+    ({"routes": ("/v1/load_lora_adapter",)}, "adapters", "VLLM_SERVER_DEV_MODE=1"),
 ])  # fmt: skip
 def test_a_server_that_was_not_started_for_this_is_refused(odd, change, carries, words):
     for name, value in change.items():
