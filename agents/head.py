@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_LOGITS = 1 << 20
-"""Logits held at once (4 MiB in float32); a chunk is as many rows as fit."""
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Logits held at once, by the device: on a CPU 4 MiB in float32, which stays in the cache; on a GPU 512 MiB, because
+every chunk reads and writes the gradient of the whole head once. A chunk is as many rows as fit."""
 CHUNK_ROWS = 128
 """But at least so many: with fewer, reading the weights costs more than multiplying with them."""
 
@@ -63,7 +64,8 @@ class Head:
 
     def rows(self) -> int:
         """Rows of one chunk."""
-        return max(CHUNK_ROWS, CHUNK_LOGITS // self.weight_VH.shape[0])
+        logits = CHUNK_LOGITS.get(self.weight_VH.device.type, CHUNK_LOGITS["cpu"])
+        return max(CHUNK_ROWS, logits // self.weight_VH.shape[0])
 
     def split(self, n: int) -> Iterator[slice]:
         """The chunks of n rows."""

@@ -19,7 +19,7 @@ def draw(*shape, seed=0):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(H, "CHUNK_LOGITS", 4 * VOCAB)
+    monkeypatch.setitem(H.CHUNK_LOGITS, "cpu", 4 * VOCAB)
     monkeypatch.setattr(H, "CHUNK_ROWS", 1)
 
 
@@ -112,7 +112,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_larger_than_a_chunk_or_the_weights(monkeypatch):
     rows, vocab = 4096, 500
-    monkeypatch.setattr(H, "CHUNK_LOGITS", 64 * vocab)
+    monkeypatch.setitem(H.CHUNK_LOGITS, "cpu", 64 * vocab)
     head = Head(draw(vocab, WIDTH).float().requires_grad_(), banned_K=torch.tensor([0]))
     hidden = draw(rows, WIDTH).float().requires_grad_()
     with Largest() as largest:

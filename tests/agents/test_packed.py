@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -18,15 +21,20 @@ from transformers import (
 )
 
 from agents.critic import trunk_of
+from agents.dist import World
 from agents.forward import Convention
 from agents.learner import LMLearner
+from agents.models import load_model
 from agents.packed import NAME, Layout, can_pack, hidden_of
 from agents.packing import plan
 from policy_opt.bank import CRITIC, REFERENCE
 from policy_opt.batch import Batch
 from policy_opt.need import VALUES, Hidden, KLTo, LogProb, Need
+from tests.agents.test_distributed import as_arguments
 from tests.agents.test_learner import ENTROPY, LOGP, batch, loss_of, tiny
 from tests.agents.test_packing import gpt2, grouped, world
+from tests.agents.test_resume import final, finish, forked
+from tests.agents.test_train import model_folder, own_cache, small  # noqa: F401  (fixtures)
 
 KL = Need("kl_BT", KLTo("ref"), when="loss")
 WHOLE = (Need("all_BT", LogProb(), where="all"), Need("prompt_BT", LogProb(), where="prompt"), Need("x_BTD", Hidden()))
@@ -165,7 +173,7 @@ def test_what_variable_length_kernels_are_told():
     assert Layout((4, 3), (-1, -1), torch.device("cpu")).seen_M is None
 
 
-def small(config, model, **changes):
+def shaped(config, model, **changes):
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
              "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1}  # fmt: skip
     with torch.random.fork_rng():
@@ -179,10 +187,10 @@ def test_only_models_that_can_do_it_do_it():
         torch.manual_seed(0)
         bloom = BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)).eval()
     assert can_pack(tiny()) and can_pack(tiny().float()) and can_pack(gpt2())
-    assert can_pack(small(LlamaConfig, LlamaForCausalLM))
-    assert can_pack(small(MistralConfig, MistralForCausalLM, sliding_window=None))
-    assert not can_pack(small(MistralConfig, MistralForCausalLM, sliding_window=4))
-    assert not can_pack(small(Gemma2Config, Gemma2ForCausalLM, head_dim=8))
+    assert can_pack(shaped(LlamaConfig, LlamaForCausalLM))
+    assert can_pack(shaped(MistralConfig, MistralForCausalLM, sliding_window=None))
+    assert not can_pack(shaped(MistralConfig, MistralForCausalLM, sliding_window=4))
+    assert not can_pack(shaped(Gemma2Config, Gemma2ForCausalLM, head_dim=8))
     assert not can_pack(bloom)
     broken = tiny()
     broken.model.forward = lambda input_ids, use_cache=False: None
@@ -190,7 +198,7 @@ def test_only_models_that_can_do_it_do_it():
 
 
 def test_a_model_that_cannot_is_padded():
-    window = small(MistralConfig, MistralForCausalLM, vocab_size=29, sliding_window=4).double()
+    window = shaped(MistralConfig, MistralForCausalLM, vocab_size=29, sliding_window=4).double()
     one = LMLearner(window, packing="auto")
     seen = []
     one.model.model.register_forward_pre_hook(
@@ -198,3 +206,51 @@ def test_a_model_that_cannot_is_padded():
     one.score(batch(), [LOGP])
     assert one.bank["policy"].packs is False
     assert seen[-1][0] > 1 and seen[-1][1] != NAME
+
+
+def mixed() -> World:
+    """One process that computes in bfloat16."""
+    out = World()
+    out.precision = torch.bfloat16
+    out.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_in_bfloat16_gradients_are_those_of_float32_weights(recompute):
+    """As coarse as padded rows are; weights, gradients and streams stay float32."""
+    b = grouped()
+    exact = results(tiny().float(), b, "never", share=False)
+    padded = results(tiny().float(), b, "never", share=False, world=mixed(), recompute=recompute)
+    packed = results(tiny().float(), b, "always", world=mixed(), recompute=recompute)
+    one = LMLearner(tiny().float(), world=mixed())
+    assert one.packs(one.bank["policy"])
+    for got in (padded, packed):
+        for name, grad in got[1].items():
+            assert (grad is None) == (exact[1][name] is None)
+            assert grad is None or grad.dtype == torch.float32
+        assert all(got[0][name].dtype == torch.float32 for name in ("logp_BT", "entropy_BT", "kl_BT", "values_BT"))
+
+    def error(got):
+        pairs = [(got[1][n], g) for n, g in exact[1].items() if g is not None]
+        return float(sum((a - g).square().sum() for a, g in pairs) / sum(g.square().sum() for _, g in pairs)) ** 0.5
+
+    assert 1e-5 < error(packed) < 0.05 and error(packed) < 2 * error(padded)
+
+
+def test_a_run_in_bfloat16_keeps_float32(model_folder, tmp_path):  # noqa: F811
+    """What samples, what is saved and what is exported; in a process of its own, as accelerate remembers precision."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    config = small(model_folder, steps=2, dtype="bfloat16", run=str(run), processes=1, packing="always", recompute=True)
+    assert finish(forked(as_arguments(config), log), log) == 0, log.read_text()
+    policy = final(run)["learner"]["members"]["policy"]
+    assert all(v.dtype == torch.float32 for v in policy["model"].values())
+    moments = [v for entry in policy["optimizer"].values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    assert moments and all(v.dtype == torch.float32 for v in moments)
+    exported, _ = load_model(str(run))
+    for name, value in exported.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, policy["model"][name])
+    stored = load_file(run / "model" / "model.safetensors")
+    assert all(v.dtype == torch.float32 for v in stored.values())
+    gaps = [json.loads(x)["logp_gap"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 1e-6 < max(gaps) < 0.3
