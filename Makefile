@@ -23,13 +23,17 @@ $(VENV)/.test: $(VENV)/.train
 	$(PY) -m pip install -q -c constraints.txt -e ".[test,endpoint]"
 	@touch $@
 
+$(VENV)/.full: $(VENV)/.test
+	$(PY) -m pip install -q -c constraints.txt -e ".[ray]"
+	@touch $@
+
 train: $(VENV)/.train
 	$(PY) -m agents.train --env tool_qa $(ARGS)
 
 test: $(VENV)/.test check
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-full: $(VENV)/.test
+test-full: $(VENV)/.full
 	$(PY) -m pytest -m full $(ARGS)
 
 check: $(VENV)/.test
