@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from agents import store
-from agents.carried import Unfinished
+from agents.carried import Unfinished, apart
 from agents.cli import UsageError
 from agents.config import AheadConfig, TrainConfig
 from agents.dist import World
@@ -82,6 +82,8 @@ class InThread:
     def play(self, player: Player, jobs: Sequence[Job], tell: OnProgress) -> Share:
         """On the player's own engine, which nothing else may use until it is done."""
         kept = player.carried.take(jobs, player.pool, player.limits)
+        for episode in kept.values():  # what they are so far is being learned from
+            episode.result = apart(episode.result)
         version = player.version()
         return self._threads.submit(lambda: (player.perform(jobs, kept, version, on_progress=tell), kept))
 

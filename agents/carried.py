@@ -8,8 +8,9 @@ as one whose environment failed.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ class Carried:
         self.live = {}
         found = [_unpacked(entry) for entry in state]
         self.waiting = {(w.record.group, w.record.member): w for w in found}
+
+
+def apart(record: Trajectory) -> Trajectory:
+    """A record that can grow without the one that it was copied from."""
+    lists = {"messages": list(record.messages), "turns": list(record.turns), "facts": dict(record.facts)}
+    return replace(record, ledger=copy.deepcopy(record.ledger), **lists)
 
 
 def revived(waiting: Unfinished, env: Any, limits: Limits) -> Episode:

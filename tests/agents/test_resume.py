@@ -25,7 +25,7 @@ from agents.trainer import Interrupted, Trainer
 from tests.agents.letters import SHAPED
 from tests.agents.test_train import WARM, model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
-CLOCKS = {"seconds", "tokens_per_second"}
+CLOCKS = {"seconds", "tokens_per_second", "wait_seconds", "sync_seconds"}
 """What the clock decides."""
 
 

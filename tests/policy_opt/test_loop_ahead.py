@@ -110,7 +110,7 @@ def iterate(loop: Loop, n: int) -> list[tuple[Batch, dict[str, float]]]:
 SECONDS = st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=7)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(SECONDS)
 def test_time_is_the_sum_or_the_longer_of_both(seconds):
     """Whatever rollouts and updates take; and what comes of them does not depend on it."""
