@@ -77,6 +77,7 @@ def test_after_every_optimizer_step_the_engine_samples_from_the_new_weights(engi
             (_, turn), = engine.run()
             plain = plain_log_probs(model, [*row, *turn.ids], chat.banned_ids)[len(row) - 1 :]
             assert (plain - torch.tensor(turn.logps)).abs().max() <= GAP
+        engine.reset()
         learn(learner, version)
     assert sync.metrics()["sync_seconds"] > 0 and sync.metrics()["sync_seconds"] == 0
 
