@@ -9,6 +9,7 @@ python -m agents.eval --env tool_qa --model scripted:oracle --json
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from rich.table import Table
 
 from agents import cli, environment
 from agents.cli import Count, Fraction, Natural, NonNegative, Positive, UsageError
-from agents.config import WorkerConfig
-from agents.engines.base import SampleParams
+from agents.config import VllmConfig, WorkerConfig
+from agents.engines.base import EngineFailure, SampleParams
 from agents.evaluate import EvalResult, Player, TextPlayer, evaluate
 from agents.rollout import Limits, MakeEnv
 from agents.runfolder import plain, read_json
@@ -82,6 +83,11 @@ class EvalCommand:
     """Of a vLLM server: play with token ids instead of text, made with the tokenizer of this model (bundled, a run or
     model folder, or a Hugging Face id), exactly as in training and with a local model; none: text, which every
     server understands."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What samples from a local model: hf, the model itself; vllm, an engine of its own, which is verified against
+    the model."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """The engine vllm."""
     native_tools: bool = True
     """Offer tools in the server's own form; off: describe them in the system message."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -99,7 +105,7 @@ class EvalCommand:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; 0, or 3 where so many episodes had no verdict that the score says little."""
+    """The command; 0, 3 where so many episodes had no verdict that the score says little, or 1 where a server is gone."""
     command = cli.parse(EvalCommand, argv, "python -m agents.eval")
     run = run_config(command.model)
     command = from_run(command, run)
@@ -107,7 +113,11 @@ def main(argv: Sequence[str]) -> int:
     make_env = env_maker(command)
     console = Console(stderr=command.json)
     specs = [command.model, *([command.against] if command.against else [])]
-    results = [play_one(command, spec, make_env, k, console) for spec in specs]
+    try:
+        results = [play_one(command, spec, make_env, k, console) for spec in specs]
+    except EngineFailure as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if command.record and run is not None:
         record(Path(command.model), results[0])
     if command.json:
@@ -229,7 +239,6 @@ def _tokens_of_server(
     """A server's model, fed with token ids as a local model is."""
     from agents.actor import Player as TokenPlayer
     from agents.chat import ChatFormat
-    from agents.config import VllmConfig
     from agents.engines.vllm_server import ServerEngine
     from agents.models import load_tokenizer
 
@@ -251,6 +260,8 @@ def _local(
 
     from agents.actor import Player as TokenPlayer
     from agents.chat import ChatFormat
+    from agents.dist import World
+    from agents.engines.build import colocated
     from agents.engines.hf import HFEngine
     from agents.models import DTYPES, is_tiny, load_model
 
@@ -261,11 +272,20 @@ def _local(
     torch.set_num_threads(command.threads or (1 if is_tiny(model) else torch.get_num_threads()))
     chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
     holds = getattr(model.config.get_text_config(), "max_position_embeddings", limits.max_context)
-    engine = HFEngine(
-        model, stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params, rows=command.rows,
-        max_context=min(limits.max_context, holds),
-    )  # fmt: skip
-    return TokenPlayer(make_env, chat, engine, limits, command.seed)
+    how: dict[str, Any] = {
+        "stop_ids": chat.stop_ids, "banned_ids": chat.banned_ids, "params": params, "rows": command.rows,
+        "max_context": min(limits.max_context, holds),
+    }  # fmt: skip
+    if command.engine == "hf":
+        if command.vllm != VllmConfig():
+            raise UsageError("--vllm.* says how the engine vllm works: give --engine vllm, too, or leave it out")
+        return TokenPlayer(make_env, chat, HFEngine(model, **how), limits, command.seed)
+    if command.vllm.servers:
+        raise UsageError("an evaluation of a server names it with --model URL --tokenizer MODEL, not --vllm.servers")
+    world = World()
+    world.device = torch.device(device)
+    engine, sync = colocated(command.vllm, DTYPES[command.dtype], world, model, **how)
+    return TokenPlayer(make_env, chat, engine, limits, command.seed, sync=sync)
 
 
 def record(run: Path, result: EvalResult) -> None:

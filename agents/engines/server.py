@@ -20,6 +20,7 @@ from agents.engines.base import EngineFailure
 HOW = "docs/engines.md says how servers are started"
 _MARGIN = 1 << 20  # bytes that any reply may have
 _PER_TOKEN = 4096  # and so many more per token asked for
+_NO_ORDER = f"Does it see the folder of --vllm.exchange, and was it not restarted? {HOW}"
 _BUSY = (408, 409, 425, 429)  # states that pass
 _GREETING_S = 10.0  # for a server's first answer
 
@@ -48,7 +49,8 @@ class Server:
     Attributes:
         model: the server's name of its base model.
         max_context: tokens that a row may hold.
-        label: what the weights that were last delivered are called there; empty: none were delivered.
+        label: what the weights that were last delivered are called there; empty: none were delivered, None: it is a
+            vLLM that keeps no such name.
     """
 
     def __init__(self, address: str, *, timeout_s: float, retries: int, most: int):
@@ -58,7 +60,7 @@ class Server:
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"a server's address is like http://HOST:PORT, not {address!r}")
         self.url, self.retries, self.timeout_s = url.rstrip("/").removesuffix("/v1"), retries, timeout_s
-        self.label = ""
+        self.label: str | None = ""
         self._httpx = httpx
         key = os.environ.get("OPENAI_API_KEY")
         self._client = httpx.Client(
@@ -151,13 +153,15 @@ class Server:
 
     def _recognise(self) -> None:
         """After a lost connection: EngineFailure where the server has not the weights that were delivered to it."""
-        if not self.label:
+        if self.label == "":
             return
         reply = self._client.get("/weight_info", timeout=_GREETING_S)
         try:
             there = str(reply.json()["weight_version"]) if reply.status_code == 200 else ""
         except (ValueError, KeyError, TypeError):
             there = ""
+        if self.label is None:
+            raise EngineFailure(f"the server {self.url} was away and cannot tell whether it still has the weights")
         if there != self.label:
             raise EngineFailure(f"the server {self.url} was restarted and has lost the weights of this run")
 
@@ -173,9 +177,9 @@ class Server:
         emptied = self.order("/reset_prefix_cache", {})
         if not (isinstance(emptied, Mapping) and emptied.get("success")):
             raise EngineFailure(f"the server {self.url} is at work for somebody else: a run needs it alone")
-        if self.knows("/update_weight_version"):
+        self.label = label if self.knows("/update_weight_version") else None
+        if self.label is not None:
             self.order("/update_weight_version", {"new_version": label})
-            self.label = label
 
     def load_adapter(self, folder: str, name: str, old: str) -> None:
         """Take over the adapter of a folder that the server sees, too, under a new name, and drop an old one."""
@@ -190,10 +194,7 @@ class Server:
         except self._httpx.HTTPError as error:
             raise EngineFailure(f"the server {self.url} is gone ({path}: {_said(error)})") from error
         if status != 200:
-            raise EngineFailure(
-                f"the server {self.url} refuses {path}: HTTP {status}: {_message(data)}. Does it see the folder? "
-                f"(--vllm.exchange; {HOW})"
-            )
+            raise EngineFailure(f"the server {self.url} refuses {path}: HTTP {status}: {_message(data)}. {_NO_ORDER}")
         try:
             return None if plain or not data else json.loads(data)
         except ValueError as error:

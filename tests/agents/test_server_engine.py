@@ -240,6 +240,29 @@ def test_a_server_that_was_restarted_has_lost_the_weights(odd):
         one.run()
 
 
+def test_a_server_that_cannot_tell_is_not_trusted_after_an_absence(odd):
+    odd.routes = ("/collective_rpc", "/reset_prefix_cache")
+    one = engine(odd, carries="weights")
+    one.deliver(qwen3(len(byte_bpe())), 1)
+    assert turns(one, {(0, 0): [10]})[(0, 0)].stop == "stop"
+    odd.manner = lambda body, attempt: "hang up" if attempt == 1 else None
+    one.turn((1, 0), [11], (0, 1), 4)
+    with pytest.raises(EngineFailure, match="cannot tell whether it still has the weights"):
+        one.run()
+
+
+def test_an_evaluation_ends_in_one_line_too(capsys, monkeypatch, model_folder):  # noqa: F811
+    from agents import cli, eval
+
+    with serving() as odd:
+        odd.manner = lambda body, attempt: (400, b"no")
+        monkeypatch.setattr("sys.argv", ["eval", "--env", SHAPED, "--model", odd.url, "--tokenizer", model_folder])
+        with pytest.raises(SystemExit) as stop:
+            cli.run(eval.main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
 def test_weights_lie_in_the_exchange_folder_until_the_next_ones(odd, tmp_path):
     one = engine(odd, carries="weights", exchange=str(tmp_path))
     model = qwen3(len(byte_bpe()))

@@ -47,4 +47,4 @@ def test_training_with_adapters(tmp_path, how):
     assert run(arguments([], tmp_path / "run", "--lora.rank", "8", "--vllm.kv-gib", "0.25", *how)) == 0
     metrics = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(m["logp_gap"] for m in metrics) <= GAP and max(m["sync_gap"] for m in metrics) <= GAP
-    assert max(m["grad_norm"] for m in metrics) > 0, "nothing was learnt, so nothing was tested"
+    assert min(m["grad_norm"] for m in metrics) > 0, "nothing was learnt, so nothing was tested"
