@@ -134,7 +134,8 @@ class InProcess:
 
         def run() -> tuple[list[Trajectory], Kept]:
             found = process.play(order, tell)
-            gap, wrong = self.verifier.check(ours, torch.tensor(found.log_probs, dtype=torch.float64))
+            theirs = torch.tensor(found.log_probs, dtype=torch.float64)
+            gap, wrong = self.verifier.check(ours, theirs.view(-1, len(ours)))
             if wrong:
                 raise EngineFailure(f"weights that were sent ahead, version {order.version}: {wrong}")
             self.gap = max(gap, found.engine_gap)
@@ -196,14 +197,26 @@ class Ahead:
         self.flight = Flight(list(jobs), homes, share)
 
     def settle(self, on_progress: OnProgress | None = None) -> None:
-        """Wait until what was sent has been played, by all processes. Raises EngineFailure where it failed."""
+        """Wait until what was sent has been played, by all processes.
+
+        Raises EngineFailure, on every process, where one of them failed.
+        """
         flight = self.flight
         if flight is None or flight.played is not None:
             return
         assert flight.share is not None
-        mine, flight.kept = self._wait(flight.share, len(flight.jobs), on_progress)
-        found = self.player.world.gather((mine, self.place.gap))
-        shares, flight.gap = [iter(share) for share, _ in found], max(gap for _, gap in found)
+        mine: list[Trajectory] = []
+        problem: EngineFailure | None = None
+        try:
+            mine, flight.kept = self._wait(flight.share, len(flight.jobs), on_progress)
+        except EngineFailure as error:
+            problem = error
+        found = self.player.world.gather((mine, self.place.gap, str(problem or "")))
+        problems = [text for _, _, text in found if text]
+        if problems:
+            raise EngineFailure(str(problem or problems[0]), everywhere=True) from problem
+        flight.gap = max(gap for _, gap, _ in found)
+        shares = [iter(share) for share, _, _ in found]
         flight.played = [next(shares[home]) for home in flight.homes if home is not None]
 
     def collect(self, on_progress: OnProgress | None = None) -> tuple[list[Trajectory], float]:
