@@ -28,7 +28,8 @@ def estimate(session: Session) -> str:
     update = _update(session, ledgers)
     episodes = c.groups * c.group_size
     factor = episodes / len(ledgers) / session.world.size
-    per_step = factor * (seconds + update * _passes(session))
+    parts = factor * seconds, factor * update * _passes(session)
+    per_step = max(parts) if c.ahead.on else sum(parts)
     evaluation = (2 * c.eval.episodes + c.eval.hard_episodes) / len(ledgers) * seconds / session.world.size
     model = parameters(session.model)
     trained = trained_parameters(session.model)
