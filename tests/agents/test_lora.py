@@ -30,8 +30,9 @@ from agents.trainer import Trainer
 from policy_opt.bank import CRITIC, REFERENCE, ModelSpec
 from policy_opt.need import VALUES, KLTo, Need
 from tests.agents.small import qwen3
+from tests.agents.test_distributed import as_arguments
 from tests.agents.test_learner import BANNED, LOGP, VOCAB, batch, tiny
-from tests.agents.test_resume import assert_same_run, final, resume
+from tests.agents.test_resume import assert_same_run, final, finish, forked, resume
 from tests.agents.test_train import WARM, model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
 RANK = LoraConfig(rank=4)
@@ -120,13 +121,21 @@ def test_adapters_have_a_rate_of_their_own():
     assert optim.resolved(OptimConfig(lr=3e-4), adapted()).lr == 3e-4
 
 
-def test_trunk_head_and_shared_openings_work_on_adapted_models():
+def test_trunk_head_packing_and_checkpointing_work_on_adapted_models():
     model = stirred(adapted())
     assert type(model) is type(tiny()) and type(trunk_of(model)) is type(trunk_of(tiny()))
     assert model.get_output_embeddings() is model.lm_head and can_share(model)
     b = batch()
-    with_, without = (learner(stirred(adapted()), share=share).score(b, [LOGP])["logp_BT"] for share in (True, False))
-    torch.testing.assert_close(with_, without, rtol=0, atol=1e-9)
+    ways = ({"share": True}, {"share": False}, {"packing": "always"}, {"packing": "never"}, {"recompute": True})
+    found = []
+    for way in ways:
+        one = learner(stirred(adapted()), **way)
+        streams = one.backward(b, [LOGP], lambda rows, live: {"logp_BT": -b.mask_BT[rows].double()})
+        grads = [p.grad for p in one.model.parameters() if p.requires_grad]
+        found.append([streams["logp_BT"], *grads])
+    for other in found[1:]:
+        for x, y in zip(found[0], other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("wanted, words", [
@@ -323,3 +332,20 @@ def test_the_warm_start_is_that_of_full_weights(model_folder, tmp_path):  # noqa
     adapted_one = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
     torch.testing.assert_close(logits(adapted_one), logits(trainer.session.model), rtol=0, atol=1e-6)
     assert adapted_one.peft_config["default"].base_model_name_or_path == str(tmp_path / "run" / "base")
+
+
+@pytest.mark.full
+def test_two_processes_equal_one(model_folder, tmp_path):  # noqa: F811
+    """With a critic beside the policy."""
+    config = small(
+        model_folder, algo="ppo", steps=3, dtype="float64", lora=RANK, optim=OptimConfig(lr=2e-2),
+        save=SaveConfig(every=1, keep=9),
+    )  # fmt: skip
+    start(config, tmp_path / "one").run()
+    log = tmp_path / "log"
+    argv = as_arguments(replace(config, processes=2, run=str(tmp_path / "two")))
+    assert finish(forked(argv, log), log, 300) == 0, log.read_text()
+    one, two = (final(tmp_path / name)["learner"]["members"] for name in ("one", "two"))
+    for member in ("policy", "critic"):
+        for name, tensor in one[member]["model"].items():
+            torch.testing.assert_close(two[member]["model"][name], tensor, rtol=1e-6, atol=1e-9)
