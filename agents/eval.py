@@ -105,7 +105,7 @@ class EvalCommand:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; 0, 3 where so many episodes had no verdict that the score says little, or 1 where a server is gone."""
+    """The command; 0, 3 where so many episodes lack a verdict that the score says little, or 1 where a server is gone."""
     command = cli.parse(EvalCommand, argv, "python -m agents.eval")
     run = run_config(command.model)
     command = from_run(command, run)
