@@ -155,9 +155,9 @@ CAUSES = (
 
 
 def write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """The model as `save_pretrained` writes it, in one file, in `dtype`.
+    """The model as vLLM reads it: what `save_pretrained` writes, in `dtype`, and a tied head in a file of its own.
 
-    A tied head is written as its own matrix: vLLM keeps a tied head's old one when weights are reloaded.
+    Tied, vLLM would keep the head's old matrix when weights are reloaded; it reads all files of the folder.
     """
     state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
     head = model.get_output_embeddings()

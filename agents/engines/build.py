@@ -43,11 +43,17 @@ def build_engine(
             f"--vllm.tensor-parallel {config.vllm.tensor_parallel} with {world.size} processes: each process has an "
             f"engine on its own GPU. Give --processes 1, or run servers and name them with --vllm.servers"
         )
+    return colocated(config.vllm, precision(config), world, model, **how)
+
+
+def colocated(
+    settings: VllmConfig, dtype: torch.dtype, world: World, model: Any, **how: Any
+) -> tuple[Engine, WeightSync]:
+    """vLLM beside this process; `how` as `VllmEngine` takes it."""
     from agents.engines.vllm import VllmEngine
 
-    dtype = precision(config)
-    engine = VllmEngine(config.vllm, dtype=dtype, device=world.device, **how)
-    return engine, WeightSync(engine, model, world, probe(model, max_context), limit(config.vllm, dtype))
+    engine = VllmEngine(settings, dtype=dtype, device=world.device, **how)
+    return engine, WeightSync(engine, model, world, probe(model, engine.max_context), limit(settings, dtype))
 
 
 def _servers(config: TrainConfig, world: World, model: Any, how: dict[str, Any]) -> tuple[Engine, WeightSync]:

@@ -112,7 +112,7 @@ def test_a_stale_head_under_tied_embeddings_is_found(engine, monkeypatch):
     sync(0)
     assert sync.gap <= GAP
     shift(model, 0.05)
-    with pytest.raises(EngineFailure, match="weight sync, version 1: .*head tied to the embeddings"):
+    with pytest.raises(EngineFailure, match=r"weight sync, version 1: .*head tied to the embeddings"):
         sync(1)
 
 
@@ -126,7 +126,7 @@ def test_an_adapter_that_was_not_delivered_is_found(engine, monkeypatch):
         shift(model, 0.05, version)
     call = engine.process.call
     monkeypatch.setattr(engine.process, "call", lambda name, *rest: None if name == "adapt" else call(name, *rest))
-    with pytest.raises(EngineFailure, match="weight sync, version 3: .*an adapter"):
+    with pytest.raises(EngineFailure, match=r"weight sync, version 3: .*an adapter"):
         sync(3)
 
 
