@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,38 +97,33 @@ class WeightSync:
 
     Args:
         engine: takes weights and scores the probe.
-        model: the policy; its forward, under the run's precision, is what the engine must reproduce.
+        model: the policy with whole weights; its forward, under the run's precision, is what the engine must
+            reproduce.
         probe: ids that are scored.
         limit: largest difference of log-probs that is accepted.
-
-    Attributes:
-        whole: the policy with all of its weights, for as long as a `with` lasts; a policy that is split over
-            processes sets it.
     """
 
     def __init__(self, engine: Receiver, model: Any, world: World, probe: Sequence[int], limit: float):
-        self.engine, self.world, self.probe = engine, world, list(probe)
-        self.whole: Callable[[], AbstractContextManager[Any]] = lambda: nullcontext(model)
+        self.engine, self.model, self.world, self.probe = engine, model, world, list(probe)
         self.verifier = Verifier(limit)
         self.delivered: int | None = None
         self.gap = self.seconds = 0.0
 
     def __call__(self, version: int) -> None:
         """Bring the engine to this version of the weights; raises EngineFailure, on every process, if it is not."""
-        with self.whole() as model:
-            problem = self._follow(model, version)
+        problem = self._follow(version)
         problems = [f"process {rank}: {p}" for rank, p in enumerate(self.world.gather(problem)) if p]
         if problems:
             raise EngineFailure(problem or problems[0], everywhere=True)
 
-    def _follow(self, model: Any, version: int) -> str:
+    def _follow(self, version: int) -> str:
         """Deliver and verify; what went wrong, or nothing."""
         with torch.no_grad(), self.world.autocast():
-            ours = plain_log_probs(model, self.probe).double().cpu()
+            ours = plain_log_probs(self.model, self.probe).double().cpu()
         try:
             if self.delivered != version:
                 began = time.monotonic()
-                self.engine.deliver(model, version)
+                self.engine.deliver(self.model, version)
                 self.seconds += time.monotonic() - began
                 self.delivered = self.engine.version = version
             theirs = torch.tensor(self.engine.log_probs(self.probe), dtype=torch.float64).view(-1, len(ours))
