@@ -37,6 +37,13 @@ def news(make_env: MakeEnv) -> list[str]:
     return tell() if tell is not None else []
 
 
+def close(make_env: MakeEnv) -> None:
+    """End workers, which close their environments first."""
+    end = getattr(make_env, "close", None)
+    if end is not None:
+        end()
+
+
 def env_maker(
     spec: str, arguments: Mapping[str, Any], workers: int = 0, worker: WorkerConfig | None = None
 ) -> MakeEnv:

@@ -105,7 +105,7 @@ class EvalCommand:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; 0, 3 where so many episodes lack a verdict that the score says little, or 1 where a server is gone."""
+    """The command; 0, 3 where so many episodes lack a verdict that the score says little, 1 where a server is gone."""
     command = cli.parse(EvalCommand, argv, "python -m agents.eval")
     run = run_config(command.model)
     command = from_run(command, run)
@@ -118,6 +118,10 @@ def main(argv: Sequence[str]) -> int:
     except EngineFailure as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        for line in environment.news(make_env):
+            console.print(f"[yellow]{_safe(line)}[/]")
+        environment.close(make_env)
     if command.record and run is not None:
         record(Path(command.model), results[0])
     if command.json:

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
                 raise
             if world is None or world.speaks:
                 print(f"error: {gone}{world.advice if world else ''}", file=sys.stderr)
-            return 1
+            raise SystemExit(1) from None  # not a return: those that may hang are ended at once
         finally:
             if world is not None:
                 world.close()
@@ -97,9 +97,11 @@ def _run(config: TrainConfig, world: World) -> int:
 
     from agents.display import choose
     from agents.engines.base import EngineFailure
+    from agents.environment import close
     from agents.memory import NoRoom
     from agents.session import build
     from agents.trainer import Interrupted, Trainer
+    from agents.workers.errors import WorkersBroken
 
     with choose(config.steps, plain=config.plain, silent=not world.main) as display:
         display.phase("setup", f"{config.model} on {config.env} with {config.algo}")
@@ -125,7 +127,7 @@ def _run(config: TrainConfig, world: World) -> int:
             if world.main or not error.everywhere:
                 print(f"error: {error}\ngo on with: {again(MODULE, path)}", file=sys.stderr)
             return 1
-        except NoRoom as error:
+        except (NoRoom, WorkersBroken) as error:
             print(f"error: {error}\ngo on with: {again(MODULE, path)}", file=sys.stderr)
             return 1
         except (OSError, SafetensorError) as error:  # a full disk, most likely; checkpoints are whole or absent
@@ -134,6 +136,7 @@ def _run(config: TrainConfig, world: World) -> int:
             print(f"error: {error}\nwhen there is room again: {again(MODULE, path)}", file=sys.stderr)
             return 1
         finally:
+            close(session.make_env)
             if folder is not None:
                 folder.close()
     if world.main:

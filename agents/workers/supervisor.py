@@ -6,13 +6,13 @@ import threading
 from collections import Counter
 from typing import Any, Protocol
 
-from agents.workers.errors import EnvError, WorkerBroken, WorkerDied, WorkerError, WorkerMemory, raised
+from agents.workers.errors import EnvError, WorkerBroken, WorkerDied, WorkerError, WorkerMemory, WorkerTimeout, raised
 from agents.workers.wire import decode, encode
 
 START_LIMIT_S = 120.0
 """Seconds that a worker may take to start and to make its first environment."""
 STARTS = 3
-"""Starts that may fail in a row."""
+"""Starts in a row after which one is given up; one that takes too long is given up at once."""
 
 
 class Connection(Protocol):
@@ -122,7 +122,9 @@ class Supervisor:
                 raise
             except WorkerError as error:
                 why = f"{error}\n{self.connection.last_words()}".strip()
-        self.broken = f"a worker ended {STARTS} times in a row at its start: {why}"
+                if isinstance(error, WorkerTimeout):
+                    break
+        self.broken = f"a worker did not start, {attempt + 1} times in a row: {why}"
         self.connection.close(0.0)
         raise WorkerBroken(self.broken)
 

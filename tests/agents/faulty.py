@@ -74,16 +74,16 @@ class Faulty(ChatEnv):
 
 
 class Busy(Faulty):
-    """Every turn costs so many milliseconds of hashing."""
+    """Every turn costs so many milliseconds of hashing; the episode has three turns, or as many as one likes."""
 
     name: ClassVar[str] = "busy"
 
-    def __init__(self, *, ms: float = 5.0, **options: Any) -> None:
-        super().__init__(**options)
-        self.ms = ms
+    def __init__(self, *, ms: float = 5.0, talks: bool = False, **options: Any) -> None:
+        super().__init__(max_turns=10**9 if talks else 8, **options)
+        self.ms, self.talks = ms, talks
 
     def reply(self, turn: Any) -> Reply:
         until, data = time.thread_time() + self.ms / 1000, b"x" * 4096
         while time.thread_time() < until:
             data = hashlib.blake2b(data).digest() * 64
-        return super().reply(turn)
+        return Reply(({"role": "tool", "name": "say", "content": "on"},)) if self.talks else super().reply(turn)

@@ -236,7 +236,7 @@ def test_mistakes_show_when_the_run_is_built(start, spec: str, arguments: dict[s
 
 
 def test_a_worker_that_never_starts_is_one_clear_error(start) -> None:
-    with pytest.raises(WorkersBroken, match="3 times in a row") as stop:
+    with pytest.raises(WorkersBroken, match="did not start, 3 times in a row") as stop:
         start(FAULTY, 1, what="exit", at="make")
     assert FAULTY in str(stop.value) and "exit code 3" in str(stop.value)
     assert "these are my last words" in str(stop.value)
@@ -289,7 +289,10 @@ if sys.argv[1] == "raise":
 """
 
 
-@pytest.mark.parametrize("how", [*(pytest.param(x, marks=pytest.mark.full) for x in ("return", "raise", "wait")), "hang"])
+FULL = [pytest.param(how, marks=pytest.mark.full) for how in ("return", "raise", "wait")]
+
+
+@pytest.mark.parametrize("how", [*FULL, "hang"])
 def test_workers_end_with_their_process(how: str) -> None:
     """When it returns, raises, is killed while they are idle, or while one of them hangs."""
     owner = subprocess.Popen(
