@@ -316,7 +316,7 @@ def update_page(page: Path, found: Sequence[Mapping[str, Any]]) -> None:
     if not rest:
         raise SystemExit(f"error: {page} has no line {BEGIN}")
     inside, _, after = rest.partition(END)
-    lines = {_key(line): line for line in inside.splitlines() if line.startswith("| ") and line != HEADER}
+    lines = {_key(line): line for line in inside.splitlines() if line.startswith("| ") and line not in as_table([])}
     lines |= {_key(line): line for line in map(_line, found)}
     table = "\n".join([*as_table([]), *(lines[key] for key in sorted(lines))])
     page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
