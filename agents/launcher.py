@@ -1,4 +1,4 @@
-"""Our own launcher: one process becomes several on one machine. `accelerate launch` does the same, and more machines."""
+"""Our own launcher: one process becomes several on one machine; `accelerate launch` does so on several, too."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def _watch(process: subprocess.Popen, rank: int, over: threading.Event) -> None:
     """End this process when one of the others is lost and no message to it fails: it plays, or waits for no one."""
     code = process.wait()
     if code != 0 and not over.wait(5):
-        print(f"error: process {rank} ended {_how(code)}; go on from the last checkpoint with --resume", file=sys.stderr)
+        what = f"error: process {rank} ended {_how(code)}; go on from the last checkpoint with --resume"
+        print(what, file=sys.stderr)
         os._exit(1)
 
 
