@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from envs import ChatEnv, Reply, Task, Verdict, fingerprint
+from tools import ParsedTurn, ToolCall
 
 
 class Faulty(ChatEnv):
@@ -41,7 +43,8 @@ class Faulty(ChatEnv):
         return Reply(({"role": "tool", "name": "say", "content": told},), done=self.episode.turns == 3)
 
     def judge(self, task: Task, final: str | None) -> Verdict:
-        return Verdict(1.0, {"correct": 1.0}, {"answered": final is not None, "pair": (1, 2)})
+        variety = len(set(final or "")) / 10
+        return Verdict(variety, {"correct": float(variety > 0.1)}, {"answered": final is not None, "pair": (1, 2)})
 
     def do(self) -> None:
         """Hang, be killed, crash, leave, eat memory fast or slowly, alone or through a child, raise, or babble."""
@@ -71,6 +74,34 @@ class Faulty(ChatEnv):
                 raise KeyError("as told")
             case "file":
                 raise FileNotFoundError(2, "No such file or directory", "/no/such/file")
+
+
+@dataclass(frozen=True)
+class Shouting:
+    """Calls are turns in capitals."""
+
+    name: str = "shouting"
+    mark: str = "!"
+
+    def parse(self, text: str) -> ParsedTurn:
+        return ParsedTurn(text, (ToolCall("shout", {}),) if text.isupper() and text.endswith(self.mark) else ())
+
+    def render(self, content: str, calls: Sequence[ToolCall]) -> str:
+        return content
+
+
+class Hinting(Faulty):
+    """Offers hints, calls tools in a format of its own."""
+
+    name: ClassVar[str] = "hinting"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(call_format=Shouting(mark="?"), **options)
+
+    def privileged(self, index: int, kind: str, level: int) -> str:
+        if index in self.on:
+            self.do()
+        return f"{kind} {level} of {index}"
 
 
 class Busy(Faulty):

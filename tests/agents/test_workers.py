@@ -27,8 +27,9 @@ from agents.workers.errors import WorkerDied, WorkersBroken
 from agents.workers.pool import WorkerPool, start_workers
 from agents.workers.wire import decode, encode
 from policy_opt.protocols import Job
-from tests.agents.faulty import Faulty
+from tests.agents.faulty import Faulty, Shouting
 from tests.agents.test_rollout import jobs, setup
+from tests.agents.test_unfinished import in_windows
 from tools.processes import family, resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +130,21 @@ def test_scripts_tools_and_levels_of_a_built_in_environment(start) -> None:
     a, b = one.reset(seed=3)[0], other.reset(seed=3)[0]
     assert a == b and type(a["tools"]) is type(b["tools"])
     assert other.step("hm")[0]["tools"] is b["tools"]  # who formats tools may remember by identity
+
+
+def test_hints_and_call_formats_of_an_environment_of_ones_own(start) -> None:
+    """A hint that costs a worker is none, and counted; the next one is to be had."""
+    env = start("tests.agents.faulty:Hinting", 1, what="kill", on=[7])()
+    assert env.call_format == Shouting(mark="?") and env.call_format.parse("SO?").calls
+    assert [env.privileged(i, "hint", 2) for i in (3, 7, 4)] == ["hint 2 of 3", None, "hint 2 of 4"]
+    assert env.worker.losses == {"WorkerDied": 1}
+
+
+def test_episodes_that_a_token_budget_cuts_go_on_in_their_worker(start) -> None:
+    pool = start(FAULTY, 2)
+    for window in (3, 7):
+        here, there = (in_windows(window, make=make) for make in (Faulty, pool))
+        assert here[0] == there[0] and [plain(t) for t in here[1]] == [plain(t) for t in there[1]]
 
 
 def test_nothing_but_plain_data_travels() -> None:
@@ -242,6 +258,7 @@ def test_a_worker_that_never_starts_is_one_clear_error(start) -> None:
     assert "these are my last words" in str(stop.value)
 
 
+@pytest.mark.full
 def test_when_no_worker_can_start_any_more_the_run_stops(start, tmp_path, monkeypatch) -> None:
     """Not an episode after the other, each with three vain starts."""
     (tmp_path / "fleeting.py").write_text("from tests.agents.faulty import Faulty\n")
