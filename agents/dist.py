@@ -195,7 +195,8 @@ class Lost(RuntimeError):
 def lost(error: BaseException, world: World | None) -> Lost | None:
     """What a failed message says of the other processes; None where the error is another one."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not any(sign in text for sign in _SIGNS):
+    alone = world is not None and world.size == 1
+    if alone or not isinstance(error, RuntimeError) or not any(sign in text for sign in _SIGNS):
         return None
     if world is None:
         return Lost(f"not all processes came up: {text.splitlines()[0]}")

@@ -151,15 +151,23 @@ def _whole(value: Any, parameter: Tensor) -> Any:
 def restore(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Inverse of `state_of`; UsageError where a name is unknown to the model."""
     parameters, stepped = dict(model.named_parameters()), dict(steps(optimizer))
+    counters = {
+        id(p): p.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     optimizer.state.clear()
     for name, entry in state.items():
         if name not in stepped:
             raise UsageError(f"the optimizer's state names `{name}`, which the model does not have")
-        optimizer.state[stepped[name]] = {k: _placed(v, parameters[name]) for k, v in entry.items()}
+        p = stepped[name]
+        optimizer.state[p] = {k: _placed(v, parameters[name], counters[id(p)]) for k, v in entry.items()}
 
 
-def _placed(value: Any, parameter: Tensor) -> Any:
-    """A copy beside the parameter, of its rows here; counters (no axes) stay where they are."""
+def _placed(value: Any, parameter: Tensor, counters: torch.device) -> Any:
+    """A copy beside the parameter, of its rows here; counters (no axes) where the optimizer's kernel wants them."""
     if not isinstance(value, Tensor):
         return value
-    return part_of(value, parameter).to(parameter.device, copy=True) if value.ndim else value.clone()
+    if not value.ndim:
+        return value.to(counters, copy=True)
+    return part_of(value, parameter).to(parameter.device, copy=True)

@@ -154,7 +154,7 @@ class Sharded:
     def rest(self) -> None:
         """Nothing is gathered any more. All that reads or writes parameters outside of passes begins with this."""
         if hasattr(self.root, "reset_iter_state"):  # also forgets the forward passes that no backward pass followed
-            self.root.reset_iter_state()
+            self.root.reset_iter_state()  # type: ignore[operator]
         else:
             for group in self.groups:
                 group.reshard()
@@ -167,7 +167,7 @@ class Sharded:
         device = self.device if device is None else device
         with torch.no_grad():
             for name, p in model.named_parameters():
-                whole = p.full_tensor().to(device, dtype)
+                whole = full(p).to(device, dtype)
                 self._put(name, nn.Parameter(whole, p.requires_grad))
             for name, buffer in model.named_buffers():
                 owner, _, leaf = name.rpartition(".")
@@ -202,12 +202,18 @@ def _skeleton(model: Any) -> tuple[Any, dict[str, list[tuple[nn.Module, str]]]]:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that this process holds, sharing memory; a plain tensor as it is."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole tensor, on every process; all of them call this."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
 
 
 def collect(tensor: Tensor) -> Tensor:
