@@ -54,19 +54,19 @@ class Server:
     """
 
     def __init__(self, address: str, *, timeout_s: float, retries: int, most: int):
-        import httpx
+        import httpx2
 
         url, _, model = address.partition("#")
         if not url.startswith(("http://", "https://")):
             raise UsageError(f"a server's address is like http://HOST:PORT, not {address!r}")
         self.url, self.retries, self.timeout_s = url.rstrip("/").removesuffix("/v1"), retries, timeout_s
         self.label: str | None = ""
-        self._httpx = httpx
+        self._httpx = httpx2
         key = os.environ.get("OPENAI_API_KEY")
-        self._client = httpx.Client(
+        self._client = httpx2.Client(
             base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
-            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, _GREETING_S), pool=None),
+            limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
+            timeout=httpx2.Timeout(timeout_s, connect=min(timeout_s, _GREETING_S), pool=None),
         )  # fmt: skip
         self.model, self.max_context = self._greet(model)
 
