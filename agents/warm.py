@@ -57,7 +57,8 @@ def warm_start(
     on_step: OnStep,
 ) -> str:
     """Imitate the ledgers, or load what the same call gave before; returns `trained` or `cached`."""
-    file = cache_folder() / "warm" / f"{cache_key(model, ledgers, config, convention, seed)}.safetensors"
+    layout = (packing, recompute, micro_tokens, world.size)
+    file = cache_folder() / "warm" / f"{cache_key(model, ledgers, config, convention, seed, layout)}.safetensors"
     if world.from_main(config.cache and file.is_file()):
         load_tensors(model.state_dict(), load_file(file), file)
         return "cached"
@@ -75,10 +76,19 @@ def warm_start(
 
 
 def cache_key(
-    model: nn.Module, ledgers: Sequence[Ledger], config: WarmConfig, convention: Convention, seed: int
+    model: nn.Module,
+    ledgers: Sequence[Ledger],
+    config: WarmConfig,
+    convention: Convention,
+    seed: int,
+    layout: Sequence[str | int] = (),
 ) -> str:
-    """Content hash of everything that the result depends on: weights, demonstrated tokens, settings."""
-    settings = {**asdict(config), **asdict(convention), "seed": seed, "recipe": _RECIPE}
+    """Content hash of everything that the result depends on: weights, demonstrated tokens, settings.
+
+    layout: how rows are laid out and shared, which rounding depends on, so that a cached start is the one that the
+        same command would compute.
+    """
+    settings = {**asdict(config), **asdict(convention), "seed": seed, "layout": list(layout), "recipe": _RECIPE}
     for name in ("when", "cache", "episodes", "scripts"):  # choose what to show or whether to look, not the result
         settings.pop(name)
     text = json.dumps([fingerprint(model), digest(ledgers), settings], sort_keys=True)

@@ -195,6 +195,6 @@ def test_the_cache_key_is_the_content(model_folder):
     others = [
         cache_key(model, ledgers, replace(w, epochs=9), c, 0), cache_key(model, ledgers * 2, w, c, 0),
         cache_key(model, ledgers, w, Convention(1.0, ()), 0), cache_key(model, ledgers, w, c, 1),
-        cache_key(model.double(), ledgers, w, c, 0),
+        cache_key(model, ledgers, w, c, 0, ("never",)), cache_key(model.double(), ledgers, w, c, 0),
     ]  # fmt: skip
     assert len({key, *others}) == 6
