@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -182,6 +182,43 @@ def _varlen(name: str) -> Callable[[Tensor, Tensor, Tensor, float | None, Layout
     return ours
 
 
+def _agrees(config: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel that will be used gives what attention one by one gives, on heads like the model's.
+
+    Tried apart from the model, because in half precision a random model hardly shows what it attends to.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    name = kernel(device, dtype)
+    if name == "sdpa":
+        return True
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return same_attention(_varlen(name), heads, kv_heads, size, device, dtype)
+
+
+def same_attention(
+    varlen: Callable, heads: int, kv_heads: int, size: int, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether a variable-length kernel attends as packed rows should, and sends gradients where they belong."""
+    layout = Layout((5, 4, 2, 7), (-1, 0, 0, -1), device)
+    draw = torch.Generator().manual_seed(0)
+    total = sum(layout.length_S)
+    q, k, v, g = (torch.randn(1, n, total, size, generator=draw) for n in (heads, kv_heads, kv_heads, heads))
+    found = []
+    try:
+        for attend in (_one_by_one, partial(_at_once, varlen)):
+            a, b, c = (x.to(device, dtype).requires_grad_() for x in (q, k, v))
+            with torch.enable_grad():
+                out = attend(a, b, c, size**-0.5, layout)
+                grads = torch.autograd.grad(out, (a, b, c), g.transpose(1, 2).to(out))
+            found.append([x.double() for x in (out.detach(), *grads)])
+    except (TypeError, ValueError, RuntimeError, ImportError, NotImplementedError):
+        return False  # a kernel that this device or these heads do not suit
+    return all(bool((a - b).norm() <= _COARSE * a.norm()) for a, b in zip(*found, strict=True))
+
+
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
     """Whether the model gives the same hidden states this way, tried on a few tokens with and without an opening."""
@@ -190,6 +227,8 @@ def can_pack(model: Any) -> bool:
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return False
     weight = next(trunk.parameters())
+    if not _agrees(config, weight.device, weight.dtype):
+        return False
     draw = torch.Generator().manual_seed(0)
     tokens_RT = torch.randint(0, int(config.vocab_size), (3, 9), generator=draw).to(weight.device)
     tokens_RT[1, :5] = tokens_RT[0, :5]

@@ -25,7 +25,7 @@ from agents.dist import World
 from agents.forward import Convention
 from agents.learner import LMLearner
 from agents.models import load_model
-from agents.packed import NAME, Layout, can_pack, hidden_of
+from agents.packed import NAME, Layout, can_pack, hidden_of, same_attention
 from agents.packing import plan
 from policy_opt.bank import CRITIC, REFERENCE
 from policy_opt.batch import Batch
@@ -171,6 +171,39 @@ def test_what_variable_length_kernels_are_told():
     assert (longest, furthest) == (5, 7)
     assert layout.seen_M.tolist() == [*range(4), *range(7), *range(4), 7, 8, *range(9, 14)]
     assert Layout((4, 3), (-1, -1), torch.device("cpu")).seen_M is None
+
+
+def reference(aligned_to_end: bool):
+    """A variable-length kernel in plain torch: segment by segment, from the bounds alone."""
+
+    def varlen(q, k, v, scaling, layout):
+        ends_q, ends_k, longest, furthest = layout.bounds
+        out, repeat = [], q.shape[1] // k.shape[1]
+        for i in range(len(ends_q) - 1):
+            a, b = slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+            assert a.stop - a.start <= longest and b.stop - b.start <= furthest
+            keys, values = (x[b].repeat_interleave(repeat, 1) for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q[a], keys) * scaling
+            shift = keys.shape[0] - (a.stop - a.start) if aligned_to_end else 0
+            scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(shift), float("-inf"))
+            out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+        return torch.cat(out)
+
+    return varlen
+
+
+def test_kernels_are_tried_before_they_are_used():
+    """One that is aligned to the first keys, as some are, is found out; and so is one that raises."""
+    cpu = torch.device("cpu")
+    for heads, kv_heads, dtype in ((4, 2, torch.float64), (4, 4, torch.float32), (2, 1, torch.bfloat16)):
+        assert same_attention(reference(True), heads, kv_heads, 16, cpu, dtype)
+        assert not same_attention(reference(False), heads, kv_heads, 16, cpu, dtype)
+
+    def broken(*args):
+        raise RuntimeError("head dimension 16 is not supported")
+
+    assert not same_attention(broken, 4, 2, 16, cpu, torch.float32)
+    assert not same_attention(lambda q, k, v, scaling, layout: v[: len(q)], 4, 4, 16, cpu, torch.float32)
 
 
 def shaped(config, model, **changes):
