@@ -197,4 +197,4 @@ def test_the_cache_key_is_the_content(model_folder):
         cache_key(model, ledgers, w, Convention(1.0, ()), 0), cache_key(model, ledgers, w, c, 1),
         cache_key(model, ledgers, w, c, 0, ("never",)), cache_key(model.double(), ledgers, w, c, 0),
     ]  # fmt: skip
-    assert len({key, *others}) == 6
+    assert len({key, *others}) == 7
