@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,20 +11,19 @@ from agents.config import WorkerConfig
 from agents.episode import MakeEnv
 
 
-def lived(config: WorkerConfig, workers: int, share: int) -> list[str]:
+def lived(config: WorkerConfig, workers: int, processes: int) -> list[str]:
     """Where environments live, as a note for the display, if not in this process.
 
     Args:
-        workers: how many in all.
-        share: how many of them serve this process.
+        workers: how many serve this process.
+        processes: of the run.
     """
     if not workers:
         return []
-    where = "processes of this machine" if config.ray is None else f"actors of the Ray cluster {config.ray}"
-    own = "" if share == workers else f", {share} for each process of the run"
-    return [
-        f"environments: {workers} workers{own} ({where}), {config.memory_gib:g} GiB and {config.timeout_s:g} s a step"
-    ]
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    where = "on this machine" if config.ray is None else f"in the Ray cluster {config.ray}"
+    held = f"{config.memory_gib:g} GiB" if sys.platform == "linux" or config.ray else "memory not watched on this system"
+    return [f"environments: {workers} workers{each} {where}, {held}, {config.timeout_s:g} s a step"]
 
 
 def losses(make_env: MakeEnv) -> int:

@@ -158,7 +158,7 @@ def build(config: TrainConfig, world: World) -> Session:
     if config.ahead.on:
         actor.ahead = ahead.build(config, world, player, model)
     notes = (
-        *corrected, *layout, *lived(config.worker, config.workers, share), *(str(w.message) for w in caught)
+        *corrected, *layout, *lived(config.worker, share, world.size), *(str(w.message) for w in caught)
     )  # fmt: skip
     return Session(
         config, world, recipe, make_env, tasks, model, tokenizer, chat, convention, player, actor, learner, loop, notes
