@@ -22,7 +22,8 @@ def lived(config: WorkerConfig, workers: int, processes: int) -> list[str]:
         return []
     each = f" for each of {processes} processes" if processes > 1 else ""
     where = "on this machine" if config.ray is None else f"in the Ray cluster {config.ray}"
-    held = f"{config.memory_gib:g} GiB" if sys.platform == "linux" or config.ray else "memory not watched on this system"
+    watched = sys.platform == "linux" or config.ray is not None
+    held = f"{config.memory_gib:g} GiB" if watched else "memory not watched on this system"
     return [f"environments: {workers} workers{each} {where}, {held}, {config.timeout_s:g} s a step"]
 
 
