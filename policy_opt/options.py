@@ -25,6 +25,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from policy_opt.catalog import find, part_name
@@ -108,6 +109,12 @@ def assign(recipe: Recipe, path: str, value: Any) -> Recipe:
         raise RecipeError(f"{path}: {error}") from None
 
 
+@cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """Types of a class's fields, by name."""
+    return typing.get_type_hints(kind)
+
+
 # -- addresses ------------------------------------------------------------------------------------------
 
 
@@ -164,7 +171,7 @@ def _inside(value: Any, names: tuple[str, ...], rebuild: Callable[[Any], Recipe]
 
             yield from _inside(item, (*names, str(i), _own_name(item)), replaced)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value))
+        hints = hints_of(type(value))
         for f in dataclasses.fields(value):
 
             def changed(new: Any, name: str = f.name) -> Recipe:
@@ -256,7 +263,7 @@ def _part(stage: str, node: ast.AST) -> Any:
     assert isinstance(target, type)
     # A part without options need not be a dataclass; an optimizer's name is fixed already.
     known = dataclasses.fields(target) if dataclasses.is_dataclass(target) else ()
-    hints = {f.name: typing.get_type_hints(target)[f.name] for f in known[len(getattr(kind, "args", ())) :]}
+    hints = {f.name: hints_of(target)[f.name] for f in known[len(getattr(kind, "args", ())) :]}
     given: dict[str, ast.AST] = {}
     if call:
         if len(call.args) > len(hints) or any(isinstance(arg, ast.Starred) for arg in call.args):

@@ -20,6 +20,7 @@ from policy_opt import Optim, Part, Recipe, RecipeError
 from policy_opt.bank import OPTIMIZERS
 from policy_opt.catalog import common, part_name, parts_of
 from policy_opt.curriculum import Curriculum
+from policy_opt.options import hints_of
 from policy_opt.part import walk
 from policy_opt.recipe import STAGES
 from policy_opt.registry import shipped
@@ -146,7 +147,7 @@ def varied(part: Any, rng: random.Random) -> Any:
     if not options or rng.random() < 0.5:
         return part
     field = rng.choice(options)
-    hint = typing.get_type_hints(type(part))[field.name]
+    hint = hints_of(type(part))[field.name]
     now = getattr(part, field.name)
     values: list[Any] = []
     if typing.get_origin(hint) is typing.Literal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ MANY = {"riskpo": 16}
 """Groups per iteration of the smoke task, elsewhere 4: riskpo judges bundles of five."""
 
 
+@cache
 def form(slug: str, variant: str | None) -> policy_opt.Recipe:
     recipe = policy_opt.get(slug)
     recipe = recipe.set(f"variant={variant}") if variant else recipe
@@ -126,7 +128,7 @@ def gradients(recipe, dtype=torch.float64, pad=0, order=False, micro_rows=None):
     learner.tables["policy"].data += noise
     actor = Rearranged(WORLD, learner)
     actor.pad, actor.order = pad, order
-    loop = Loop(recipe.replace(bank=bank), actor, learner, RunSize(4, groups=4, group_size=6))
+    loop = Loop(recipe.replace(bank=bank), actor, learner, RunSize(4, groups=3, group_size=4))
     metrics = [loop.iterate()[1] for _ in range(2)]
     return learner.seen, metrics
 
