@@ -38,7 +38,7 @@ def test_the_toy_runs_through_and_writes_nothing():
     before = PAGE.read_bytes()
     done = run("--tiny", "--device", "cpu", "--engines", "hf", "--recompute")
     assert done.returncode == 0, done.stderr
-    assert "| 64 | 8 |" in done.stdout and "| 256 | 2 |" in done.stdout
+    assert "| 64 | 8, recomputed |" in done.stdout and "| 256 | 2, recomputed |" in done.stdout
     assert PAGE.read_bytes() == before
 
 
@@ -65,9 +65,9 @@ def test_the_shape_is_that_of_qwen3_06b():
 
 def found(**changes):
     return {
-        "machine": "1 x H200", "length": 2048, "rows": 32, "trainer_tokens_per_s": 1234.5, "mfu": 0.412,
-        "peak_gib": 20.0, "engine": "hf", "rollout_tokens_per_s": 99.0, "rollout_share": 0.5, "sync_s": 0.0,
-        "versions": "torch 2", "date": "2026-01-01", "command": "python -m tests.benchmarks.gpu", **changes,
+        "machine": "1 x H200", "length": 2048, "rows": 32, "recompute": False, "trainer_tokens_per_s": 1234.5,
+        "mfu": 0.412, "peak_gib": 20.0, "engine": "hf", "rollout_tokens_per_s": 99.0, "rollout_share": 0.5,
+        "sync_s": 0.0, "versions": "torch 2", "date": "2026-01-01", "command": "python -m tests.benchmarks.gpu", **changes,
     }  # fmt: skip
 
 

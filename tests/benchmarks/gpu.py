@@ -6,7 +6,8 @@
 The model is random, its weights float32, computed with in bfloat16. For each length: as many rows of so many tokens
 as `--tokens` holds. The rollout samples the last tokens of every row (256, or an eighth of shorter rows) after the
 rest of it as prompt, with each engine; the update is one forward, backward and AdamW step over all rows, trained on
-all but their first eighth. Then
+all but their first eighth. Micro-batches that do not fit into memory are made smaller beforehand; where one row alone
+does not fit, activations are computed again, as with --recompute. Then
 
     trainer tok/s   tokens of the rows / seconds of the update
     MFU             model FLOPs / (seconds of the update x peak of the GPU)
@@ -46,6 +47,7 @@ from agents.dist import World
 from agents.engines.base import Engine, SampleParams
 from agents.engines.hf import HFEngine
 from agents.learner import LMLearner
+from agents.memory import NoRoom
 from agents.sync import COARSE, WeightSync, probe_ids
 from policy_opt.batch import Batch
 from policy_opt.need import ENTROPY, LOGP
@@ -154,20 +156,17 @@ def measure(shape: Shape, length: int, world: World, args: argparse.Namespace) -
     """One line per engine."""
     rows, sampled = max(1, args.tokens // length), min(SAMPLED, length // 8)
     model = shape.model(max(length, 64), world.device)
-    learner = LMLearner(
-        model, OptimConfig(lr=1e-6), world=world, micro_tokens=args.micro_tokens, packing=args.packing,
-        recompute=args.recompute,
-    )  # fmt: skip
-    notes = learner.settle()
     b = batch(shape.vocabulary, rows, length)
+    learner = fitting(model, b, world, args)
+    notes = learner.settle()
     update, peak = updates(learner, b, args.repeats)
     trained = int(b.mask_BT.sum())
     top = next((flops for name, flops in PEAKS.items() if name in about(world, ())["machine"]), None)
     numbers = {
         "length": length, "rows": rows, "trainer_tokens_per_s": rows * length / update,
         "mfu": shape.flops([length] * rows, trained) / update / top if top else None,
-        "peak_gib": None if peak is None else peak / 2**30, "update_s": update, "splits": learner.count_splits(),
-        "notes": "; ".join(notes),
+        "peak_gib": None if peak is None else peak / 2**30, "update_s": update,
+        "micro_tokens": learner.micro_tokens, "recompute": learner.recompute, "notes": "; ".join(notes),
     }  # fmt: skip
     found = []
     for name in args.engines.split(","):
@@ -184,6 +183,30 @@ def measure(shape: Shape, length: int, world: World, args: argparse.Namespace) -
 
 
 # ---------------------------------------------------------------------- the update
+
+
+def fitting(model: Any, b: Batch, world: World, args: argparse.Namespace) -> LMLearner:
+    """A learner whose micro-batches fit into memory: smaller ones, or with recomputation, where they would not."""
+    tokens, recompute = args.micro_tokens, args.recompute
+    while True:
+        learner = LMLearner(
+            model, OptimConfig(lr=1e-6), world=world, micro_tokens=tokens, packing=args.packing, recompute=recompute
+        )
+        try:
+            updates(learner, b, 0)
+        except NoRoom:
+            if recompute:
+                raise
+            recompute = True
+        else:
+            if not learner.count_splits():
+                return learner
+            tokens //= 2
+        print(f"does not fit: next with {tokens} tokens, recompute {recompute}", file=sys.stderr)
+        for p in model.parameters():
+            p.grad = None
+        del learner
+        _free(world)
 
 
 def batch(vocabulary: int, rows: int, length: int) -> Batch:
@@ -302,9 +325,9 @@ def _line(r: Mapping[str, Any]) -> str:
         return "" if value is None else format(value, form)
 
     cells = (
-        r["machine"], r["length"], r["rows"], f"{r['trainer_tokens_per_s']:,.0f}", number(r["mfu"], ".1%"),
-        number(r["peak_gib"], ".1f"), r["engine"], f"{r['rollout_tokens_per_s']:,.0f}", f"{r['rollout_share']:.0%}",
-        f"{r['sync_s']:.2f}", r["versions"], r["date"], f"`{r['command']}`",
+        r["machine"], r["length"], f"{r['rows']}{', recomputed' * r['recompute']}",
+        f"{r['trainer_tokens_per_s']:,.0f}", number(r["mfu"], ".1%"), number(r["peak_gib"], ".1f"),
+        r["engine"], f"{r['rollout_tokens_per_s']:,.0f}", f"{r['rollout_share']:.0%}", f"{r['sync_s']:.2f}", r["versions"], r["date"], f"`{r['command']}`",
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
