@@ -292,8 +292,10 @@ def environment(device: torch.device, gpus: int) -> dict[str, str]:
         names = known or [str(i) for i in range(first + gpus)]
         env["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + gpus])
     else:
-        env |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        env["VLLM_TARGET_DEVICE"] = "cpu"
+        env |= {
+            "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        }  # fmt: skip
     return env
 
 
