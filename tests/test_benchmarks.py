@@ -67,7 +67,8 @@ def found(**changes):
     return {
         "machine": "1 x H200", "length": 2048, "rows": 32, "recompute": False, "trainer_tokens_per_s": 1234.5,
         "mfu": 0.412, "peak_gib": 20.0, "engine": "hf", "rollout_tokens_per_s": 99.0, "rollout_share": 0.5,
-        "sync_s": 0.0, "versions": "torch 2", "date": "2026-01-01", "command": "python -m tests.benchmarks.gpu", **changes,
+        "sync_s": 0.0, "versions": "torch 2", "date": "2026-01-01", "command": "python -m tests.benchmarks.gpu",
+        **changes,
     }  # fmt: skip
 
 

@@ -325,10 +325,20 @@ def _line(r: Mapping[str, Any]) -> str:
         return "" if value is None else format(value, form)
 
     cells = (
-        r["machine"], r["length"], f"{r['rows']}{', recomputed' * r['recompute']}",
-        f"{r['trainer_tokens_per_s']:,.0f}", number(r["mfu"], ".1%"), number(r["peak_gib"], ".1f"),
-        r["engine"], f"{r['rollout_tokens_per_s']:,.0f}", f"{r['rollout_share']:.0%}", f"{r['sync_s']:.2f}", r["versions"], r["date"], f"`{r['command']}`",
-    )  # fmt: skip
+        r["machine"],
+        r["length"],
+        f"{r['rows']}{', recomputed' * r['recompute']}",
+        f"{r['trainer_tokens_per_s']:,.0f}",
+        number(r["mfu"], ".1%"),
+        number(r["peak_gib"], ".1f"),
+        r["engine"],
+        f"{r['rollout_tokens_per_s']:,.0f}",
+        f"{r['rollout_share']:.0%}",
+        f"{r['sync_s']:.2f}",
+        r["versions"],
+        r["date"],
+        f"`{r['command']}`",
+    )
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
