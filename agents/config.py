@@ -238,8 +238,8 @@ class TrainConfig:
     """Processes of this machine that share episodes and rows; none: 2 for the bundled model where there are two cores,
     else 1. Left out where accelerate launch starts them (docs/scaling.md)."""
     peer_timeout_s: Positive = 1800.0
-    """Seconds that a process waits for the others before the run ends with an error; more than their rollouts may
-    differ by."""
+    """Seconds that a process waits for the others, when they start and in every message, before the run ends with an
+    error; more than their rollouts may differ by."""
     run: str | None = None
     """Folder of the run; none: a new one under `runs`."""
     runs: str = "runs"
