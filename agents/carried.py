@@ -116,7 +116,7 @@ class Carried:
 
 def apart(record: Trajectory) -> Trajectory:
     """A record that can grow without the one that it was copied from."""
-    lists = {"messages": list(record.messages), "turns": list(record.turns), "facts": dict(record.facts)}
+    lists: dict[str, Any] = {"messages": list(record.messages), "turns": list(record.turns), "facts": dict(record.facts)}
     return replace(record, ledger=copy.deepcopy(record.ledger), **lists)
 
 
