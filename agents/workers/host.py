@@ -92,16 +92,16 @@ class Host:
             place = self._places[number] = _Place(self._spare.pop() if self._spare else self._make())
         place.script = None
         place.obs, info = place.env.reset(seed=seed, options=options)
-        return [_observation(place), _info(info)]
+        return [_observation(place), _info(info, "task_id", "split", "index", "level")]
 
     def _step(self, number: int, text: str) -> list[Any]:
         place = self._running(number)
         place.obs, reward, terminated, truncated, info = place.env.step(text)
-        return [_observation(place), float(reward), bool(terminated), bool(truncated), _info(info)]
+        return [_observation(place), float(reward), bool(terminated), bool(truncated), _info(info, "stop_reason")]
 
     def _finish(self, number: int, reason: str) -> list[Any]:
         reward, info = self._running(number).env.finish(reason)
-        return [float(reward), _info(info)]
+        return [float(reward), _info(info, "stop_reason")]
 
     def _script(self, number: int, name: str, state: Mapping[str, Any]) -> str | None:
         place = self._running(number)
@@ -159,13 +159,14 @@ def _observation(place: _Place) -> list[Any]:
     return [list(place.obs["messages"]), None if same else list(tools)]
 
 
-def _info(info: Mapping[str, Any]) -> dict[str, Any]:
+def _info(info: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """What a rollout reads of an info."""
-    out = {key: info[key] for key in ("task_id", "split", "index", "level", "stop_reason") if key in info}
+    out = {key: info[key] for key in keys if key in info}
     if "verdict" in info:
         verdict = info["verdict"]
         out["verdict"] = [float(verdict.reward), dict(verdict.scores), dict(verdict.facts), verdict.failure]
-    out["tool_results"] = [[getattr(r.call, "name", None), r.error] for r in info.get("tool_results", ())]
+    if results := info.get("tool_results"):
+        out["tool_results"] = [[getattr(r.call, "name", None), r.error] for r in results]
     return out
 
 

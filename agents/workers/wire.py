@@ -20,31 +20,37 @@ import numpy as np
 MAX_MESSAGE = 256 * 1024 * 1024
 _HEADER = struct.Struct(">I")
 _TAG = "$"
+_LEAVES = frozenset({str, int, float, bool, type(None)})
 _MODES = ("1", "L", "LA", "RGB", "RGBA", "I", "F")
 
 
 def encode(value: Any) -> bytes:
     """Plain data as bytes. TypeError names what is none."""
-    return json.dumps(_plain(value), separators=(",", ":")).encode()
+    return _WRITER.encode(_plain(value)).encode()
 
 
 def decode(data: bytes | bytearray) -> Any:
     """Inverse of `encode`. ValueError for anything that `encode` does not write."""
     try:
-        return json.loads(data, object_hook=_rich)
+        return _READER.decode(data.decode())
     except (KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(f"not a message of a worker: {error!r}") from error
 
 
 def _plain(value: Any) -> Any:
     kind = type(value)
-    if kind is str or kind is int or kind is float or kind is bool or value is None:
+    if kind in _LEAVES:
         return value
     if kind is list:
-        return [_plain(x) for x in value]
-    if kind is dict and _TAG not in value and all(type(key) is str for key in value):
-        return {key: _plain(x) for key, x in value.items()}
-    return _tagged(value)
+        return [x if type(x) in _LEAVES else _plain(x) for x in value]
+    if kind is not dict:
+        return _tagged(value)
+    out = {}
+    for key, x in value.items():
+        if type(key) is not str or key == _TAG:
+            return _tagged(value)
+        out[key] = x if type(x) in _LEAVES else _plain(x)
+    return out
 
 
 def _tagged(value: Any) -> Any:
@@ -72,9 +78,9 @@ def _tagged(value: Any) -> Any:
 
 def _rich(item: dict[str, Any]) -> Any:
     """What a JSON object stands for."""
-    kind = item.get(_TAG)
-    if kind is None:
+    if _TAG not in item:
         return item
+    kind = item[_TAG]
     if kind == "tuple":
         return tuple(item["v"])
     if kind == "dict":
@@ -94,6 +100,10 @@ def _rich(item: dict[str, Any]) -> Any:
     raise ValueError(f"unknown kind of value {str(kind)[:40]!r}")
 
 
+_WRITER = json.JSONEncoder(separators=(",", ":"))
+_READER = json.JSONDecoder(object_hook=_rich)
+
+
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
@@ -103,40 +113,62 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self.end = end
+        end.setblocking(True)
+        self._limit_s = 0.0
+        self._buffer = memoryview(bytearray(1 << 16))
 
-    def send(self, message: bytes, timeout_s: float | None = None) -> None:
-        """Send. TimeoutError where the other side does not read; OSError where it is gone."""
+    def send(self, message: bytes, timeout_s: float = 0.0) -> None:
+        """Send. TimeoutError where the other side does not read for so long (0: wait); OSError where it is gone."""
         if len(message) > MAX_MESSAGE:
             raise ValueError(f"a message of {len(message)} bytes is too long for an environment worker")
-        self.end.settimeout(timeout_s)
-        self.end.sendall(_HEADER.pack(len(message)) + message)
+        self._within(timeout_s)
+        try:
+            self.end.sendall(_HEADER.pack(len(message)) + message)
+        except BlockingIOError:
+            raise TimeoutError from None
 
-    def receive(self, timeout_s: float | None = None) -> bytes:
-        """The next message. TimeoutError when time is up; EOFError where the other side is gone or writes nonsense."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        data = bytearray()
-        self._fill(data, _HEADER.size, deadline)
-        size = _HEADER.unpack_from(data)[0] + _HEADER.size
-        if size > MAX_MESSAGE:
-            raise EOFError(f"a message of {size} bytes")
-        self._fill(data, size, deadline)
-        if len(data) > size:
-            raise EOFError("more than one message")
-        return bytes(data[_HEADER.size :])
+    def receive(self, timeout_s: float = 0.0) -> bytes:
+        """The next message.
 
-    def _fill(self, data: bytearray, size: int, deadline: float | None) -> None:
-        """Read until there are `size` bytes, or a few more."""
-        while len(data) < size:
-            if deadline is None:
-                self.end.settimeout(None)
-            else:
-                self.end.settimeout(max(1e-3, deadline - time.monotonic()))
-            part = self.end.recv(max(1 << 16, min(size - len(data), 1 << 22)))
-            if not part:
-                raise EOFError("the connection was closed")
-            data += part
-            if deadline is not None and time.monotonic() > deadline and len(data) < size:
-                raise TimeoutError
+        Raises:
+            TimeoutError: it is not there within `timeout_s` (0: wait).
+            EOFError: the other side is gone, or writes nonsense.
+        """
+        self._within(timeout_s)
+        until = time.monotonic() + timeout_s if timeout_s else float("inf")
+        got = self._read(self._buffer, until)
+        while got < _HEADER.size:
+            got += self._read(self._buffer[got:], until)
+        size = _HEADER.unpack_from(self._buffer)[0] + _HEADER.size
+        if got == size:
+            return bytes(self._buffer[_HEADER.size : size])
+        if size > MAX_MESSAGE + _HEADER.size or got > size:
+            raise EOFError(f"{got} bytes of a message of {size}")
+        whole = memoryview(bytearray(size))
+        whole[:got] = self._buffer[:got]
+        while got < size:
+            got += self._read(whole[got:], until)
+        return bytes(whole[_HEADER.size :])
+
+    def _read(self, into: memoryview, until: float) -> int:
+        try:
+            got = self.end.recv_into(into)
+        except BlockingIOError:
+            raise TimeoutError from None
+        if not got:
+            raise EOFError("the connection was closed")
+        if time.monotonic() > until:
+            raise TimeoutError
+        return got
+
+    def _within(self, limit_s: float) -> None:
+        """Let the system wait no longer than this for a single read or write: cheaper than asking it before each."""
+        if limit_s != self._limit_s:
+            seconds = int(limit_s)
+            value = struct.pack("ll", seconds, max(int((limit_s - seconds) * 1e6), int(0 < limit_s < 1)))
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self.end.setsockopt(socket.SOL_SOCKET, option, value)
+            self._limit_s = limit_s
 
     def close(self) -> None:
         """Close this end."""
