@@ -243,8 +243,9 @@ def read(recipe, path) -> bool:
 
 UNREACHED = {
     "two iterations are too few": {
-        "frontier.sigma", "inverse_annealed.floor", "progress_gate.high", "progress_gate.low", "progress_gate.window",
-        "retrospect.limit", "retrospect.window", "tail_risk.rate", "dual.limit", "dynamic_labels.capacity",
+        "frontier.sigma", "inverse_annealed.floor", "progress_gate.high", "progress_gate.low", "progress_gate.spread",
+        "progress_gate.window", "retrospect.limit", "retrospect.spread", "retrospect.window", "tail_risk.rate",
+        "dual.limit", "dynamic_labels.capacity",
     },
     "no group has one member": {"beta_weight.singles", "group_centre.single", "group_norm.single"},
     "no episode is unfinished": {
