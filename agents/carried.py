@@ -116,8 +116,8 @@ class Carried:
 
 def apart(record: Trajectory) -> Trajectory:
     """A record that can grow without the one that it was copied from."""
-    lists: dict[str, Any] = {"messages": list(record.messages), "turns": list(record.turns), "facts": dict(record.facts)}
-    return replace(record, ledger=copy.deepcopy(record.ledger), **lists)
+    copies: dict[str, Any] = {name: copy.copy(getattr(record, name)) for name in ("messages", "turns", "facts")}
+    return replace(record, ledger=copy.deepcopy(record.ledger), **copies)
 
 
 def revived(waiting: Unfinished, env: Any, limits: Limits) -> Episode:
