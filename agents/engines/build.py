@@ -11,6 +11,7 @@ from agents.cli import UsageError
 from agents.config import TrainConfig, VllmConfig
 from agents.dist import World
 from agents.engines.base import Engine, SampleParams
+from agents.engines.vllm import MOST_RANK, VllmEngine
 from agents.engines.vllm_server import ServerEngine, carries, refuse_options, refuse_server_options
 from agents.sync import COARSE, GAPS, WeightSync, probe_ids
 
@@ -43,6 +44,8 @@ def build_engine(
             f"--vllm.tensor-parallel {config.vllm.tensor_parallel} with {world.size} processes: each process has an "
             f"engine on its own GPU. Give --processes 1, or run servers and name them with --vllm.servers"
         )
+    if config.lora.rank > MOST_RANK and not config.vllm.merge:
+        raise UsageError(f"vLLM takes adapters up to rank {MOST_RANK}: give --vllm.merge, or a smaller --lora.rank")
     return colocated(config.vllm, precision(config), world, model, **how)
 
 
@@ -50,8 +53,6 @@ def colocated(
     settings: VllmConfig, dtype: torch.dtype, world: World, model: Any, **how: Any
 ) -> tuple[Engine, WeightSync]:
     """vLLM beside this process; `how` as `VllmEngine` takes it."""
-    from agents.engines.vllm import VllmEngine
-
     engine = VllmEngine(settings, dtype=dtype, device=world.device, **how)
     return engine, WeightSync(engine, model, world, probe(model, engine.max_context), limit(settings, dtype))
 

@@ -45,6 +45,8 @@ from agents.sync import write_model
 from policy_opt.protocols import Sampler
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, that vLLM makes room for
+MOST_RANK = _RANKS[-1]
+"""Highest rank of an adapter that it takes."""
 _MOST_BANNED = 1024  # ids that vLLM can bias per request on a GPU
 _FED_TOKENS = 4096  # per step, where prompts are fed whole
 _COLDEST = 0.01  # vLLM silently raises temperatures below this one, zero apart

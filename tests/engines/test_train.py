@@ -138,6 +138,14 @@ def test_an_engine_ends_with_its_trainer(started):
     assert gone(core)
 
 
+def test_two_processes_have_an_engine_each(started):
+    process, run, log = started("two", *SMALL, "--steps", "2", "--processes", "2")
+    assert process.wait() == 0, log.read_text()
+    for m in metrics(run):
+        assert m["episodes"] == 16 and m["failures"] == 0
+        assert 0 < m["logp_gap"] <= 1e-4 and 0 < m["sync_gap"] <= 1e-4
+
+
 def test_what_the_engine_cannot_do_is_refused(tmp_path):
     """One line, exit code 2, before anything is played."""
     cases = [
