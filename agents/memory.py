@@ -12,7 +12,6 @@ import gc
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from agents.packing import Chunk, halves
@@ -77,6 +76,8 @@ def _fits(work: Callable[[Chunk], None], chunk: Chunk) -> bool:
     try:
         work(chunk)
     except RuntimeError as error:
+        from accelerate.utils.memory import should_reduce_batch_size  # a slow import that few runs need
+
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
     else:

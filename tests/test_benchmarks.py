@@ -38,7 +38,7 @@ def test_the_toy_runs_through_and_writes_nothing():
     before = PAGE.read_bytes()
     done = run("--tiny", "--device", "cpu", "--engines", "hf", "--recompute")
     assert done.returncode == 0, done.stderr
-    assert "| 64 | 8, recomputed |" in done.stdout and "| 256 | 2, recomputed |" in done.stdout
+    assert "| 64 | 4, recomputed |" in done.stdout and "| 128 | 2, recomputed |" in done.stdout
     assert PAGE.read_bytes() == before
 
 

@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> int:
         print("error: --device cpu is for --tiny only", file=sys.stderr)
         return 2
     if args.tiny:
-        args.lengths, args.tokens, args.micro_tokens, args.repeats = "64,256", 512, 256, 1
+        args.lengths, args.tokens, args.micro_tokens, args.repeats = "64,128", 256, 128, 1
     shape = TOY if args.tiny else QWEN3_06B
     world = World.start(bfloat16=True)
     found = [
