@@ -188,28 +188,27 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 # ---------------------------------------------------------------------- processes that are lost
 
 
-class Lost(RuntimeError):
-    """Another process of the run ended or does not answer; the message says which."""
+def lost(error: BaseException, world: World | None) -> str | None:
+    """What a failed message says of the other processes; None where the error is another one.
 
-
-def lost(error: BaseException, world: World | None) -> Lost | None:
-    """What a failed message says of the other processes; None where the error is another one."""
+    world: None: the processes have not found each other yet.
+    """
     text = str(error)
     alone = world is not None and world.size == 1
     if alone or not isinstance(error, RuntimeError) or not any(sign in text for sign in _SIGNS):
         return None
     if world is None:
-        return Lost(f"not all processes came up: {text.splitlines()[0]}")
+        return f"not all processes came up: {text.splitlines()[0]}"
     world.broken = True
     end = time.monotonic() + 2
     while not (gone := world.gone()) and time.monotonic() < end:
         time.sleep(0.05)
     if gone:
         named = " and ".join(str(rank) for rank in gone)
-        return Lost(f"process {named} of {world.size} has ended")
+        return f"process {named} of {world.size} has ended"
     if "imed out" in text:
-        return Lost(f"a process did not answer for {world.timeout_s:g} s (--peer-timeout-s)")
-    return Lost(f"the connection between the processes broke ({text.splitlines()[0]})")
+        return f"a process did not answer for {world.timeout_s:g} s (--peer-timeout-s)"
+    return f"the connection between the processes broke ({text.splitlines()[0]})"
 
 
 _SIGNS = (

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as td
@@ -75,7 +74,7 @@ def _says(variable: str) -> bool:
 
 
 class Sharding:
-    """How the models of a run are sharded.
+    """How the models of a run are sharded, and those that are.
 
     Args:
         device: type of the processes' device.
@@ -90,7 +89,7 @@ class Sharding:
         self.mesh = init_device_mesh(device, (size,))
         wide = torch.float32 if precision is not None else None
         self.policy = MixedPrecisionPolicy(precision, wide, cast_forward_inputs=False)
-        self.models: WeakKeyDictionary[nn.Module, Sharded] = WeakKeyDictionary()
+        self.models: dict[nn.Module, Sharded] = {}
 
     def shard(self, model: Any) -> Sharded:
         """Shard a model in place, or find that it is; all processes call this. Optimizers are built afterwards."""
@@ -103,8 +102,9 @@ class Sharding:
         trunk = trunk_of(model)
         names = set(self.plan.blocks or getattr(trunk, "_no_split_modules", None) or ())
         found = [module for module in trunk.modules() if type(module).__name__ in names]
+        found.reverse()  # a block within a block is a group before the outer one
         if not found:
-            classes = sorted({type(m).__name__ for m in trunk.modules() if isinstance(m, nn.Module) and m is not trunk})
+            classes = sorted({type(m).__name__ for m in trunk.modules() if m is not trunk})
             raise UsageError(
                 f"{type(trunk).__name__} has no blocks {sorted(names)} to shard; name their class in accelerate's "
                 f"configuration: fsdp_transformer_layer_cls_to_wrap, one of {', '.join(classes)}"
