@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
@@ -37,8 +38,17 @@ def resident_bytes(pid: int) -> int:
 def kill_family(pid: int) -> None:
     """Kill a process that leads a group of its own, the group, and every descendant."""
     members = family(pid)
-    for kill, whom in [(os.killpg, pid), *((os.kill, member) for member in members)]:
+    _kill([(os.killpg, pid), *((os.kill, member) for member in members)])
+
+
+def kill_descendants() -> None:
+    """Kill all that this process started, and what that started."""
+    _kill([(os.kill, member) for member in family(os.getpid())[1:]])
+
+
+def _kill(whom: Sequence[tuple[Callable[[int, int], None], int]]) -> None:
+    for kill, pid in whom:
         try:
-            kill(whom, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             continue

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from tools.processes import resident_bytes
+from tools.processes import kill_descendants, resident_bytes
 
 EXIT_MEMORY = 86
 """Exit code of a worker that ended itself because it held too much."""
@@ -51,10 +51,12 @@ def guard(ceiling: int, parent: int | None = None) -> None:
 def _watch(ceiling: int, parent: int | None) -> None:
     while True:
         if parent is not None and os.getppid() != parent:
+            kill_descendants()
             os.killpg(0, signal.SIGKILL)
         held = resident_bytes(os.getpid())
         if held > ceiling:
             print(f"{held / 2**30:.2f} GiB are held, {ceiling / 2**30:.2f} are allowed", flush=True)
+            kill_descendants()  # nobody finds them once this process is gone
             os._exit(EXIT_MEMORY)
         time.sleep(_TICK_S)
 

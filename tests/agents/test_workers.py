@@ -209,6 +209,7 @@ def test_memory_has_a_ceiling(start, what: str) -> None:
         "answered", "error:WorkerMemory", "answered", "answered"]  # fmt: skip
     assert resident_bytes(pids(pool)[0]) < 0.4 * 2**30
     assert pool.losses == ({"WorkerMemory": 1} if what == "feed" else pool.losses)
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"(250 << 20)" in p.read_bytes()]
 
 
 def test_an_exit_or_an_unreadable_message_costs_one_episode(start) -> None:
