@@ -47,6 +47,11 @@ def test_policy_opt_stands_on_torch_alone():
         assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
 
 
+def hidden(path: Path) -> bool:
+    """Under a folder such as .venv."""
+    return any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+
+
 def test_no_file_is_a_bag_of_helpers():
-    bags = [p for p in ROOT.rglob("*.py") if p.stem in {"utils", "helpers", "misc"} and ".venv" not in p.parts]
+    bags = [p for p in ROOT.rglob("*.py") if p.stem in {"utils", "helpers", "misc"} and not hidden(p)]
     assert bags == []
