@@ -259,12 +259,12 @@ def assert_it_goes_on(run: Path, log: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("how, code, words", [
     ("SIGKILL", 1, "process 1 of 2 has ended"),
-    ("SIGSTOP", 1, "did not answer for 40 s (--peer-timeout-s)"),
+    ("SIGSTOP", 1, "did not answer for 25 s (--peer-timeout-s)"),
 ])  # fmt: skip
 def test_a_lost_process_ends_the_run_in_a_line(model_folder, tmp_path, how, code, words):  # noqa: F811
     """Killed, or hanging for longer than the others are told to wait."""
     run, log = tmp_path / "run", tmp_path / "log"
-    pid = forked(as_arguments(endless(model_folder, run, processes=2, peer_timeout_s=40.0)), log)
+    pid = forked(as_arguments(endless(model_folder, run, processes=2, peer_timeout_s=25.0)), log)
     assert wait_for_step(pid, run, 2, log) is None, log.read_text()
     other = process_of(1, pid)
     os.kill(other.pid, getattr(signal, how))
