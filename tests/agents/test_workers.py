@@ -80,6 +80,17 @@ def gone(pid: int) -> bool:
         return True
 
 
+def running(mark: bytes) -> list[Path]:
+    """Processes whose command lines hold `mark`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [path] if mark in path.read_bytes() else []
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
 def soon(what: Any, seconds: float = 20.0) -> bool:
     until = time.monotonic() + seconds
     while not what() and time.monotonic() < until:
@@ -209,7 +220,7 @@ def test_memory_has_a_ceiling(start, what: str) -> None:
         "answered", "error:WorkerMemory", "answered", "answered"]  # fmt: skip
     assert resident_bytes(pids(pool)[0]) < 0.4 * 2**30
     assert pool.losses == ({"WorkerMemory": 1} if what == "feed" else pool.losses)
-    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"(250 << 20)" in p.read_bytes()]
+    assert soon(lambda: not running(b"(250 << 20)"))
 
 
 def test_an_exit_or_an_unreadable_message_costs_one_episode(start) -> None:
