@@ -12,9 +12,10 @@ from agents.engines.base import EngineFailure, SampleParams
 from agents.engines.reference import log_prob_gap, plain_log_probs
 from agents.engines.vllm import VllmEngine
 from agents.learner import LMLearner
-from agents.sync import WeightSync, probe_ids
+from agents.sync import COARSE, WeightSync, probe_ids
 from policy_opt.batch import Batch
 from policy_opt.need import LogProb, Need
+from tests.agents.small import qwen3
 from tests.engines import damage
 from tests.engines.conftest import small_model
 
@@ -114,6 +115,29 @@ def test_a_stale_head_under_tied_embeddings_is_found(engine, monkeypatch):
     shift(model, 0.05)
     with pytest.raises(EngineFailure, match=r"weight sync, version 1: .*head tied to the embeddings"):
         sync(1)
+
+
+def test_half_precision_has_room_for_rounding_and_no_more(chat):
+    """bfloat16 weights and computation behind a float32 trainer."""
+    engine = VllmEngine(
+        VllmConfig(kv_gib=0.1), stop_ids=chat.stop_ids, rows=8, max_context=256, dtype=torch.bfloat16
+    )
+    model = qwen3(
+        len(chat.tokenizer), torch.float32, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=2
+    )
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)  # log-probs as spread as a language model's
+    sync = WeightSync(engine, model, World(), probe_ids(len(chat.tokenizer), 48), COARSE)
+    try:
+        for version in range(3):
+            sync(version)
+            assert 1e-4 < sync.gap < COARSE
+            shift(model, 0.02, version)
+        engine.process.call("rpc", "apply_model", damage.zero)
+        with pytest.raises(EngineFailure, match="off the trainer's"):
+            sync(2)
+    finally:
+        engine.shutdown()
 
 
 def test_an_adapter_that_was_not_delivered_is_found(engine, monkeypatch):
