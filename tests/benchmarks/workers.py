@@ -6,8 +6,8 @@
                 workers. The bound is the smaller of workers and cores; at least 0.8 of what the machine gives just now,
                 which is measured beside it: as many busy processes side by side against one.
     round trip  a step that does nothing: in process; in a worker; and the floor under it, the same bytes there and
-                back between two processes that do nothing else. At most half of the 380 µs that a step of OpenEnv
-                takes over its WebSocket.
+                back between two processes that do nothing else. At most 8 x the floor. Beside it what a step of OpenEnv
+                takes over its WebSocket, 380 µs on a machine of this kind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from policy_opt.protocols import Job
 from tests.agents.faulty import Busy
 
 SPEC = "tests.agents.faulty:Busy"
-SHARE, MOST_US, OPENENV_US = 0.8, 190.0, 380.0
+SHARE, TIMES, OPENENV_US = 0.8, 8.0, 380.0
 
 
 class Talker:
@@ -166,7 +166,7 @@ def main() -> int:
     table.add_row("in a worker", f"{worker_us:.1f}", f"{worker_us / floor_us:.2f}")
     table.add_row("OpenEnv's WebSocket", f"{OPENENV_US:.0f}", f"{OPENENV_US / floor_us:.2f}")
     console.print(table)
-    holds = worker_us <= MOST_US and fast["speedup"] >= SHARE * min(fast["bound"], fast["cores_free"])
+    holds = worker_us <= TIMES * floor_us and fast["speedup"] >= SHARE * min(fast["bound"], fast["cores_free"])
     console.print("both bounds hold" if holds else "[red]a bound does not hold[/]")
     about = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
     print(json.dumps({"benchmark": "workers", **about, "load": os.getloadavg()[0], **fast, **trip, "holds": holds}))
