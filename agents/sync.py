@@ -149,28 +149,31 @@ CAUSES = (
 
 
 def write_model(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """The model as vLLM reads it: what `save_pretrained` writes, in `dtype`, and a tied head in a file of its own.
+    """The model in `dtype` as transformers and vLLM read it, its head never tied, by whichever process calls this.
 
-    Tied, vLLM would keep the head's old matrix when weights are reloaded; it reads all files of the folder.
+    Tied, vLLM would keep the head's old matrix when weights are reloaded. `save_pretrained` would tie it again, and
+    writes nothing in processes other than the first.
     """
-    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    from transformers.core_model_loading import revert_weight_conversion
+
     head = model.get_output_embeddings()
     name = next(n for n, module in model.named_modules() if module is head)
-    tied = head.weight is model.get_input_embeddings().weight
-    state.pop(f"{name}.weight" if tied else "", None)
-    model.save_pretrained(folder, state_dict=state, max_shard_size="1000GB")
-    if tied:
-        own = head.weight.detach().to(dtype, copy=True).contiguous()
-        save_file({f"{name}.weight": own}, folder / "head.safetensors")
-    _note(folder / "config.json", dtype, tied)
+    tensors = {n: t.detach() for n, t in model.state_dict().items()}
+    state = {n: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
+    state[f"{name}.weight"] = head.weight.detach().to("cpu", dtype, copy=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {n: t.contiguous() for n, t in revert_weight_conversion(model, state).items()}
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(folder)
+    _note(folder / "config.json", type(model).__name__, dtype)
 
 
-def _note(file: Path, dtype: torch.dtype, untie: bool) -> None:
-    """The written configuration names the type, and that nothing is tied."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+def _note(file: Path, architecture: str, dtype: torch.dtype) -> None:
+    """The written configuration names class and type, and that nothing is tied."""
+    config = json.loads(file.read_text(encoding="utf-8")) | {"architectures": [architecture]}
     for part in (config, config.get("text_config", {})):
         if "dtype" in part or part is config:
             part["dtype"] = str(dtype).removeprefix("torch.")
-        if untie and ("tie_word_embeddings" in part or part is config):
+        if "tie_word_embeddings" in part or part is config:
             part["tie_word_embeddings"] = False
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from agents.cli import UsageError
 from agents.config import LoraConfig, VllmConfig
@@ -17,7 +18,7 @@ from agents.engines.base import EngineFailure
 from agents.engines.reference import plain_log_probs
 from agents.session import build
 from agents.sync import Verifier, WeightSync, probe_ids, write_model
-from tests.agents.small import qwen3
+from tests.agents.small import qwen3, spread
 from tests.agents.test_train import model_folder, small  # noqa: F401  (fixtures)
 
 
@@ -97,18 +98,34 @@ def test_not_a_number_is_wrong():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_written_model_has_every_weight_and_a_head_of_its_own(tmp_path, tied, dtype):
-    """In all of the folder's files together, which is how vLLM reads it."""
+def test_the_written_model_is_untied_and_computes_the_same(tmp_path, tied, dtype):
     model = qwen3(300, torch.float32, tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     for scale in (0.0, 0.1):  # a second time into the same folder
         shift(model, scale)
         write_model(model, tmp_path / "model", dtype)
-        found = {n: t for file in (tmp_path / "model").glob("*.safetensors") for n, t in load_file(file).items()}
-        assert found.keys() == model.state_dict().keys()
-        assert all(torch.equal(found[n], t.to(dtype)) for n, t in model.state_dict().items())
-        config = AutoConfig.from_pretrained(tmp_path / "model")
-        assert config.dtype == dtype and not config.tie_word_embeddings
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+        assert read.lm_head.weight is not read.model.embed_tokens.weight
+        assert read.dtype == dtype and not read.config.tie_word_embeddings
+        rounded = copy.deepcopy(model).to(dtype).state_dict()
+        assert read.state_dict().keys() == rounded.keys()
+        assert all(torch.equal(t, rounded[n]) for n, t in read.state_dict().items())
+    assert model.config.tie_word_embeddings == tied and model.dtype == torch.float32, "the model itself is left alone"
+
+
+def test_experts_are_written_as_checkpoints_have_them(tmp_path):
+    """transformers keeps experts in one tensor; files, and vLLM, have them one by one."""
+    config = Qwen3MoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = spread(Qwen3MoeForCausalLM, config, torch.float32)
+    write_model(model, tmp_path / "ours", torch.float32)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and any("experts.3." in name for name in ours)
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
 def test_a_probe_is_fixed_and_valid():
