@@ -301,9 +301,13 @@ class Trainer:
             self.signal = number
             self.display.note(f"{signal.Signals(number).name}: stopping after this iteration (again: at once)")
 
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        old: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except RuntimeError:
+            if self.session.world.size > 1:  # a launcher ends those that are left; which one was lost is said first
+                old[signal.SIGTERM] = signal.SIG_IGN
+            raise
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
