@@ -6,6 +6,7 @@ Plain standard library: the pipe carries NUL-terminated JSON, and a page test ne
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -35,10 +36,9 @@ class Chromium:
         self._read, from_browser = os.pipe()
 
         def wire() -> None:  # the browser reads on descriptor 3 and writes on 4
-            os.dup2(to_browser, 30)
-            os.dup2(from_browser, 31)
-            os.dup2(30, 3)
-            os.dup2(31, 4)
+            ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 5) for end in (to_browser, from_browser)]  # none is 3 or 4
+            os.dup2(ends[0], 3)
+            os.dup2(ends[1], 4)
 
         binary = find()
         assert binary is not None
