@@ -38,7 +38,8 @@ def check(
         env: a spec, a class, or an environment.
         tasks: episodes per script.
         pool: tasks per split whose fingerprints are compared.
-        count_tokens: tokens of (messages, tools), for the tiny profile; characters are counted without it.
+        count_tokens: tokens of (messages, tools), for the tiny profile; characters are counted without it. It is
+            given the words only: an image counts as one token per 28 x 28 pixels (see `contract.image_tokens`).
         options: keywords of the environment's constructor.
 
     Raises:

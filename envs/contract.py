@@ -24,15 +24,22 @@ from envs.play import Played, run_script
 from envs.registry import make
 from envs.spaces import message_problem
 from tools import worker
+from tools.images import MAX_IMAGES, MAX_PIXELS, is_image
 
 TINY_TOKENS = 512
 TINY_CHARS = 1_500
 """What a tiny episode may hold where no token counter is given."""
+TOKEN_SIDE = 28
+"""Side of the square of an image that is one token: what Qwen-VL's models merge their patches to."""
+LEAST_TOKENS = 4
+"""Tokens of the smallest image: those models enlarge what is below 56 x 56 pixels."""
 NON_ANSWER = "I do not know."
 _SECONDS_PER_TEXT = 30.0
 _CHARS_PER_REPLY = 200_000
+_PIXELS_PER_REPLY = MAX_IMAGES * MAX_PIXELS
 
 CountTokens = Callable[[Sequence[Message], Sequence[Mapping[str, Any]]], int]
+"""Tokens of messages, whose images are taken out and counted by `image_tokens`, and tools."""
 
 
 class CheckError(AssertionError):
@@ -281,6 +288,8 @@ def _hostile(s: Subject) -> str:
             observation, _, terminated, truncated, info = env.step(text)
             said = sum(len(text_of(m["content"])) for m in observation["messages"])
             _require(said <= _CHARS_PER_REPLY, f"{name}: a reply of {said} characters")
+            shown = sum(image.width * image.height for image in _images(observation["messages"]))
+            _require(shown <= _PIXELS_PER_REPLY, f"{name}: a reply of {shown} pixels")
             for message in (*observation["messages"], *env.episode.messages):
                 problem = message_problem(message)
                 _require(problem is None, f"{name}: {problem}")
@@ -351,13 +360,27 @@ def _tiny(s: Subject) -> str:
         return "not looked at: no tiny profile"
     most = 0
     for played in s.play("oracle", profile="tiny"):
+        seen = sum(map(image_tokens, _images(played.messages)))
         if s.count_tokens is not None:
-            size, limit, unit = s.count_tokens(played.messages, played.tools), TINY_TOKENS, "tokens"
+            words = [{**m, "content": text_of(m["content"])} for m in played.messages]
+            size, limit, unit = s.count_tokens(words, played.tools) + seen, TINY_TOKENS, "tokens"
         else:
-            size, limit, unit = _characters(played), TINY_CHARS, "characters"
+            size, limit, unit = _characters(played) + seen * TINY_CHARS // TINY_TOKENS, TINY_CHARS, "characters"
         _require(size <= limit, f"{played.task_id}: {size} {unit}, more than {limit}")
         most = max(most, size)
     return f"at most {most} {unit}"
+
+
+def _images(messages: Sequence[Message]) -> list[Any]:
+    """The images of messages, in order."""
+    parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
+    return [part["image"] for part in parts if part["type"] == "image" and is_image(part.get("image"))]
+
+
+def image_tokens(image: Any) -> int:
+    """Tokens that an image counts as in the tiny profile's budget, the marks before and after it included."""
+    wide, high = (-(-side // TOKEN_SIDE) for side in image.size)
+    return max(LEAST_TOKENS, wide * high) + 2
 
 
 def _characters(played: Played) -> int:

@@ -13,12 +13,14 @@ import gymnasium
 import numpy as np
 from gymnasium.error import InvalidAction, ResetNeeded
 
-from envs.spaces import Observation, Schemas, Text
+from envs.spaces import Observation, Schemas, Text, copied
 from tools import CallFormat, ParsedTurn, Toolbox, ToolResult, get_format
+from tools.images import is_image
 from tools.toolbox import encodable
 
 Message = dict[str, Any]
-"""``{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}``; tool messages carry a ``name``."""
+"""``{"role": "system" | "user" | "assistant" | "tool", "content": text or parts}``; tool messages carry a ``name``.
+A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": <PIL image>}``."""
 Script = Callable[["ChatEnv", np.random.Generator], Generator[str, Mapping[str, Any], None]]
 """A coroutine that plays an environment: it yields action texts and is sent observations."""
 
@@ -210,7 +212,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
             self._schemas = Schemas(schemas)
         self._episode = Episode(task, toolbox, [])
         messages = tuple(self.opening(task))
-        self._episode.messages.extend(map(dict, messages))
+        self._episode.messages.extend(copied(dict(message)) for message in messages)
         info = {"task_id": task.task_id, "split": task.split, "index": task.index, "level": task.level}
         return {"messages": messages, "tools": self._schemas}, info
 
@@ -232,7 +234,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         ran = len(results)
         reply = self.reply(turn)
         for message in reply.messages:  # what is handed out belongs to the caller
-            messages.append(message.copy())
+            messages.append(message.copy() if type(message.get("content")) is str else copied(message))
         if reply.done:
             episode.final = turn.content
             return self._over(reply.messages, ANSWERED, terminated=True, ran=ran)
@@ -283,7 +285,7 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
                 {
                     "role": "tool",
                     "name": name if name in episode.toolbox.tools else "unknown",
-                    "content": result.text,
+                    "content": result.text if result.parts is None else copied(list(result.parts)),
                 }
             )
         return messages
@@ -383,6 +385,14 @@ def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 def fingerprint(*content: Any) -> str:
-    """Hash of a task's content: equal content, equal hash, in every process."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    """Hash of a task's content: equal content, equal hash, in every process. Images count by mode and pixels."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=_written)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _written(value: Any) -> Any:
+    """What stands in a fingerprint for a value that JSON does not know."""
+    if not is_image(value):
+        return str(value)
+    seen = value.convert("RGBA") if value.mode in ("P", "PA") else value  # indices alone are no colours
+    return {"image": [value.mode, *value.size, hashlib.blake2b(seen.tobytes(), digest_size=16).hexdigest()]}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from tools.images import is_image
+
 ROLES = ("system", "user", "assistant", "tool")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz    ABCDEFGH 0123456789 {}<>:,.\"'\n"
 
@@ -85,18 +87,18 @@ class Schemas(tuple):
     """
 
     def __iter__(self) -> Iterator[Any]:
-        return map(_copied, super().__iter__())
+        return map(copied, super().__iter__())
 
     def __getitem__(self, key: Any) -> Any:
-        return _copied(super().__getitem__(key))
+        return copied(super().__getitem__(key))
 
 
-def _copied(value: Any) -> Any:
-    """A deep copy of JSON data."""
+def copied(value: Any) -> Any:
+    """A deep copy of JSON data and of messages; images, which nobody changes, are shared."""
     if isinstance(value, Mapping):
-        return {k: _copied(v) for k, v in value.items()}
+        return {k: copied(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_copied(v) for v in value)
+        return type(value)(copied(v) for v in value)
     return value
 
 
@@ -177,6 +179,19 @@ def message_problem(message: Any) -> str | None:
             return "a part needs a type, text or image"
         if part["type"] == "text" and (problem := _text_problem(part.get("text"))):
             return problem
+        if part["type"] == "image" and (problem := _image_problem(part)):
+            return problem
+    return None
+
+
+def _image_problem(part: Mapping[str, Any]) -> str | None:
+    if "image" not in part:
+        return "an image part holds a PIL image under `image`, and there is none"
+    image = part["image"]
+    if not is_image(image):
+        return f"an image part holds a PIL image under `image`, got {type(image).__name__}"
+    if 0 in image.size:
+        return f"an image of {image.width} x {image.height} pixels shows nothing"
     return None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tools.images import is_image
+
 if TYPE_CHECKING:
     from envs.core import Episode
 
@@ -28,4 +30,8 @@ def transcript(episode: Episode | None) -> str:
 def _shown(content: Any) -> str:
     if isinstance(content, str):
         return content.translate(_CONTROL)
-    return " ".join(p["text"].translate(_CONTROL) if p["type"] == "text" else "[image]" for p in content)
+    return " ".join(p["text"].translate(_CONTROL) if p["type"] == "text" else _image(p.get("image")) for p in content)
+
+
+def _image(image: Any) -> str:
+    return f"[image {image.width}x{image.height}]" if is_image(image) else "[image]"

@@ -1,4 +1,4 @@
-"""A tool: a name, a description, a JSON Schema of its arguments, and a function that returns text."""
+"""A tool: a name, a description, a JSON Schema of its arguments, and a function that returns text or images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Tool:
     parameters: Mapping[str, Any]
     """JSON Schema of the arguments (an object schema)."""
     fn: Callable[..., Any]
-    """Called with the arguments as keywords. Text is passed on as it is, anything else as JSON."""
+    """Called with the arguments as keywords. Text is passed on as it is, a PIL image, or a list or tuple of texts
+    and PIL images, as parts of a message (bounded as `tools.images` says), anything else as JSON."""
     timeout_s: float | None = None
     """Seconds after which a call is given up. With a limit the function runs in a process of its own, which
     is killed when time is up: it must be importable and what it changes there is lost. Without one it runs

@@ -12,7 +12,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from tools import worker
+from tools import images, worker
 from tools.calls import BadCall, ToolCall
 from tools.tool import Tool, ToolError
 
@@ -27,13 +27,15 @@ class ToolResult:
     call: ToolCall | BadCall
     """The call."""
     text: str
-    """The result, or ``error: ...``; always encodable as UTF-8."""
+    """The result's words, or ``error: ...``; always encodable as UTF-8."""
     error: str | None = None
     """None, or: ``unknown_tool``, ``invalid_json`` (unreadable call), ``schema`` (wrong arguments),
-    ``timeout``, ``too_many_calls``, ``tool_error`` (the tool reports a failure), ``exception`` (the tool
-    broke)."""
+    ``timeout``, ``too_many_calls``, ``too_large`` (more images, or larger ones, than a result may hold),
+    ``tool_error`` (the tool reports a failure), ``exception`` (the tool broke)."""
     truncated: bool = False
     """Whether the text was cut at the limit."""
+    parts: tuple[dict[str, Any], ...] | None = None
+    """None for a plain text; else texts and RGB images in order, as parts of a message's content."""
 
 
 class Toolbox:
@@ -92,9 +94,11 @@ class Toolbox:
             outcome = worker.run(tool.fn, dict(call.arguments), limit, self.max_output_chars + 1)
             if outcome.error is not None:
                 return self._failed(call, outcome.error, outcome.text)
-            return self._done(call, outcome.text)
+            return self._done(call, outcome.value)
         try:
-            return self._done(call, as_text(tool.fn(**call.arguments)))
+            return self._done(call, as_result(tool.fn(**call.arguments)))
+        except images.TooLarge as error:
+            return self._failed(call, "too_large", str(error))
         except ToolError as error:
             return self._failed(call, "tool_error", str(error))
         except (Exception, SystemExit) as error:
@@ -108,9 +112,15 @@ class Toolbox:
         hint = f"did you mean {near[0]}?" if near else f"tools: {', '.join(self.tools)}"
         return f"no tool {name[:_ECHO]!r}; {hint}"
 
-    def _done(self, call: ToolCall, text: str) -> ToolResult:
-        text, cut = self._bounded(text)
-        return ToolResult(call, text, None, cut)
+    def _done(self, call: ToolCall, value: str | list[Any]) -> ToolResult:
+        if isinstance(value, str):
+            text, cut = self._bounded(value)
+            return ToolResult(call, text, None, cut)
+        cut = len(images.words_of(value)) > self.max_output_chars
+        if cut:
+            value = [*images.clip(value, self.max_output_chars - len(CUT) - 1), CUT]
+        shown = [encodable(part) if isinstance(part, str) else part for part in value]
+        return ToolResult(call, images.words_of(shown), None, cut, tuple(map(_part, shown)))
 
     def _failed(self, call: ToolCall | BadCall, kind: str, message: str) -> ToolResult:
         text, cut = self._bounded(f"error: {message}")
@@ -123,9 +133,29 @@ class Toolbox:
         return encodable(text), cut
 
 
+def as_result(value: Any) -> str | list[Any]:
+    """A tool's return value as text, or as a list of texts and RGB images where there is an image in it.
+
+    Raises:
+        TooLarge, ValueError, TypeError: images that cannot be shown.
+    """
+    parts = images.parts_of(value)
+    return as_text(value) if parts is None else parts
+
+
 def as_text(value: Any) -> str:
     """A tool's return value as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_named)
+
+
+def _named(value: Any) -> str:
+    if images.is_image(value):
+        raise TypeError("an image inside other data cannot be shown: return it alone, or in a list with texts")
+    return str(value)
+
+
+def _part(part: Any) -> dict[str, Any]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
 
 
 def encodable(text: str) -> str:

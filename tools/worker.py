@@ -2,7 +2,8 @@
 
 Workers are plain interpreters that run `serve`; they are kept and used again, one call
 at a time, and belong to the process, not to any environment, so that environments stay copyable. The
-function travels by name; its reply is JSON text, already cut to the limit on the worker's side.
+function travels by name; its reply is JSON text, already cut to the limit on the worker's side, and after it the
+bytes of each RGB image, so that nothing that a tool returns is unpickled here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tools import images
+
 START_LIMIT_S = 60.0
 """Seconds that a new worker may take to start, and to import what a function needs."""
 MAX_MESSAGE = 64 * 1024 * 1024
@@ -33,10 +36,15 @@ _HEADER = struct.Struct(">I")
 class Outcome:
     """What came of a call in a worker."""
 
-    text: str
-    """The result, or what went wrong."""
+    value: str | list[Any]
+    """The result as `tools.toolbox.as_result` gives it, or what went wrong."""
     error: str | None = None
-    """None, ``timeout``, ``tool_error`` or ``exception``."""
+    """None, ``timeout``, ``too_large``, ``tool_error`` or ``exception``."""
+
+    @property
+    def text(self) -> str:
+        """The words of the result."""
+        return self.value if isinstance(self.value, str) else images.words_of(self.value)
 
 
 def check_importable(fn: Callable[..., Any], why: str) -> None:
@@ -89,15 +97,15 @@ class Worker:
             pipe_in.write(_HEADER.pack(len(payload)) + payload)
             pipe_in.flush()
             loaded = _read(pipe_out, time.monotonic() + START_LIMIT_S)  # importing is not the tool's time
-            reply = _read(pipe_out, time.monotonic() + timeout_s) if loaded == b"loaded" else loaded
+            deadline = time.monotonic() + timeout_s
+            reply = _read(pipe_out, deadline) if loaded == b"loaded" else loaded
+            return _outcome(reply, lambda: _read(pipe_out, deadline))
         except TimeoutError:
             self.kill()
             return Outcome(f"no result within {timeout_s:g} s", "timeout")
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):
             code = self.kill()
             return Outcome(f"the tool's process ended (exit code {code})", "exception")
-        text, error = json.loads(reply)
-        return Outcome(text, error)
 
     def kill(self) -> int | None:
         """Kill the process with all its children; returns the exit code."""
@@ -193,7 +201,12 @@ def serve() -> None:
             send(json.dumps([f"{type(error).__name__}: {error}", "exception"]).encode())
             continue
         send(b"loaded")
-        send(json.dumps(_result(fn, arguments, max_chars)).encode())
+        value, error_kind = _result(fn, arguments, max_chars)
+        shown = value if isinstance(value, str) else [p if isinstance(p, str) else p.size for p in value]
+        send(json.dumps([shown, error_kind]).encode())
+        for part in value:
+            if not isinstance(part, str):
+                send(part.tobytes())
 
 
 def _end_with(parent: int) -> None:
@@ -203,12 +216,28 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _result(fn: Callable[..., Any], arguments: Mapping[str, Any], max_chars: int) -> tuple[str, str | None]:
+def _outcome(reply: bytes, read: Callable[[], bytes]) -> Outcome:
+    """A reply with the images that follow it."""
+    value, error = json.loads(reply)
+    if isinstance(value, str):
+        return Outcome(value, error)
+    from PIL import Image
+
+    parts = [part if isinstance(part, str) else Image.frombytes("RGB", tuple(part), read()) for part in value]
+    return Outcome(parts, error)
+
+
+def _result(
+    fn: Callable[..., Any], arguments: Mapping[str, Any], max_chars: int
+) -> tuple[str | list[Any], str | None]:
     from tools.tool import ToolError
-    from tools.toolbox import as_text
+    from tools.toolbox import as_result
 
     try:
-        return as_text(fn(**arguments))[:max_chars], None
+        value = as_result(fn(**arguments))
+        return (value[:max_chars] if isinstance(value, str) else images.clip(value, max_chars)), None
+    except images.TooLarge as error:
+        return str(error)[:max_chars], "too_large"
     except ToolError as error:
         return str(error)[:max_chars], "tool_error"
     except (Exception, SystemExit) as error:

@@ -7,9 +7,11 @@ import copy
 import pytest
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from PIL import Image
 
 from envs.spaces import Messages, Observation, Schemas, Text, ToolSchemas, message_problem
 
+PICTURE = Image.new("RGB", (2, 3))
 GOOD = {"role": "user", "content": "hi"}
 OBSERVATION = {"messages": (GOOD,), "tools": Schemas()}
 
@@ -60,7 +62,11 @@ def test_vector_form():
     (GOOD, None), ({"role": "user"}, "content"), ({"role": "x", "content": ""}, "role"), ("hi", "role"),
     ({"role": "user", "content": "\ud800"}, "UTF-8"), ({"role": "user", "content": [{"type": "sound"}]}, "type"),
     ({"role": "user", "content": [{"type": "text", "text": 3}]}, "text expected"),
-    ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, None),
+    ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": PICTURE}]}, None),
+    ({"role": "tool", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, "there is none"),
+    ({"role": "user", "content": [{"type": "image", "image": "a.png"}]}, "got str"),
+    ({"role": "user", "content": [{"type": "image", "image": None}]}, "got NoneType"),
+    ({"role": "user", "content": [{"type": "image", "image": Image.new("L", (0, 5))}]}, "0 x 5 pixels"),
 ])  # fmt: skip
 def test_messages_are_looked_at_closely(message, problem):
     found = message_problem(message)
