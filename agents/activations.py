@@ -1,7 +1,8 @@
 """Gradient checkpointing: a layer keeps its input only, and computes the rest again in the backward pass.
 
 transformers' own layers do it while they are in training mode. Only the layers themselves are put into it, not what
-is in them, so that no dropout wakes up; and only while the learner is at work, never while the engine samples.
+is in them, so that no dropout wakes up; and only while the learner is at work, never while the engine samples. A
+vision tower keeps its activations.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from agents.critic import trunk_of
+from agents.critic import decoder_of
 from agents.packed import attention
 
 
@@ -25,7 +26,7 @@ def recomputed(models: Iterable[Any]) -> Iterator[None]:
     layers: list[Any] = []
     try:
         for model in models:
-            config = trunk_of(model).config
+            config = decoder_of(model).config
             for layer in _layers(model):
                 layer._gradient_checkpointing_func = partial(_checkpoint, config)
                 layer.gradient_checkpointing = layer.training = True
@@ -45,14 +46,14 @@ def _checkpoint(config: Any, function: Any, *args: Any) -> Any:
 
 
 def _layers(model: Any) -> list[Any]:
-    return [m for m in trunk_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
+    return [m for m in decoder_of(model).modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def can_recompute(model: Any) -> bool:
     """Whether the model's layers can, and give the very same gradient; tried on a few tokens."""
     if not _layers(model):
         return False
-    trunk = trunk_of(model)
+    trunk = decoder_of(model)
     weight = next(trunk.parameters())
     tokens_1T = torch.arange(6, device=weight.device)[None] % int(trunk.config.get_text_config().vocab_size)
     trained = [p for p in trunk.parameters() if p.requires_grad]

@@ -190,7 +190,8 @@ class LMActor:
             verdicts = [v for v in (self.sample, *(t.verdict for t in trajectories)) if v is not None]
             self.scores = sorted({name for v in verdicts for name in v.scores})
             self.facts = sorted({name for v in verdicts for name in numbers_of(v.facts)})
-        return batch_of(trajectories, scores=self.scores, facts=self.facts, dtype=self.dtype)
+        sees = self.player.chat.pictures is not None
+        return batch_of(trajectories, scores=self.scores, facts=self.facts, dtype=self.dtype, sees=sees)
 
     def state_dict(self) -> dict[str, Any]:
         """Which scores and facts are columns, the unfinished episodes, and the rollout that was sent ahead."""

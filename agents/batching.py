@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agents.ledger import Ledger, Segment
+from agents.pictures import Picture
 from agents.trajectory import Trajectory
 from policy_opt.batch import Batch
 
@@ -28,6 +29,7 @@ def batch_of(
     scores: Sequence[str] | None = None,
     facts: Sequence[str] | None = None,
     dtype: torch.dtype = torch.float32,
+    sees: bool = False,
 ) -> Batch:
     """One row per segment, padded on the right, in the order of the trajectories and of their segments.
 
@@ -43,6 +45,8 @@ def batch_of(
             process or run; -1 where there is no answer.
         first_call_B: sampled tokens of the trajectory before its first tool call; -1 where there is no call.
         level_B: difficulty level of the task. temperature_B: that its tokens are scored at.
+        picture_BT, of models that read pictures: the key of the picture that a placeholder stands for, else 0; media
+            has its patches under the key, its grid under `<key>.grid`.
     Units: parent_B is the row that a segment continues, -1 for first segments; segment_BT counts within the
     trajectory. Per-token entries are 0 (False) on padding, sampler log-probs also where mask_BT is False.
 
@@ -52,6 +56,7 @@ def batch_of(
             columns in every batch of a run, whatever its verdicts happen to hold.
         facts: names of the facts that become columns; None takes all that occur.
         dtype: of log-probs and verdict numbers.
+        sees: whether the model reads pictures.
 
     Raises:
         ValueError: no trajectory, or one without a token record.
@@ -70,8 +75,10 @@ def batch_of(
     columns, names = _verdict_columns(trajectories, scores, facts, dtype)
     tokens = _token_columns([s for _, _, s in rows], dtype)
     number_B1 = torch.tensor([j for _, j, _ in rows])[:, None]
+    pictures = [p for ledger in ledgers for p in ledger.pictures.values()]
     return Batch.build(
         **tokens,
+        **(picture_columns([s for _, _, s in rows], pictures, tokens["tokens_BT"].shape[1]) if sees else {}),
         **units,
         segment_BT=torch.where(tokens["real_BT"], number_B1, 0),
         **{name: value[owner_B] for name, value in columns.items()},
@@ -113,6 +120,18 @@ def _token_columns(segments: Sequence[Segment], dtype: torch.dtype) -> dict[str,
         "version_BT": torch.where(mask_BT, spread((s.version for s in segments), np.int64), 0),
         "turn_BT": spread((s.turn for s in segments), np.int64),
     }
+
+
+def picture_columns(segments: Sequence[Segment], pictures: Sequence[Picture], width: int) -> dict[str, Any]:
+    """picture_BT, and the pictures as the batch's media: each once, whatever the number of rows that show it."""
+    media = {str(p.key): p.patches_PD for p in pictures}
+    media |= {f"{p.key}.grid": torch.tensor(p.grid) for p in pictures}
+    picture_BT = torch.zeros(len(segments), width, dtype=torch.long)
+    for row, segment in enumerate(segments):
+        for span in segment.spans:
+            if span.kind == "image":
+                picture_BT[row, span.start : span.start + span.length] = span.ref
+    return {"picture_BT": picture_BT, "media": media or None}
 
 
 def answer_number(key: Any) -> int:

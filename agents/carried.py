@@ -18,6 +18,7 @@ import torch
 from agents.engines.base import Key, SampleParams
 from agents.episode import EnvPool, Episode, Limits, key_of
 from agents.ledger import Ledger, Segment, Span
+from agents.pictures import Picture
 from agents.rollout import Kept
 from agents.trajectory import Trajectory, TurnInfo
 from policy_opt.protocols import Job
@@ -158,6 +159,7 @@ def _packed(waiting: Unfinished) -> dict[str, Any]:
             }
             for s in record.ledger.segments
         ],
+        "pictures": [picture.state_dict() for picture in record.ledger.pictures.values()],
         "options": dict(waiting.options),
         "print": waiting.print or _print(record.messages),
         "age": waiting.age,
@@ -176,7 +178,7 @@ def _unpacked(state: Mapping[str, Any]) -> Unfinished:
     known = {f.name for f in fields(Trajectory)} & state["record"].keys()
     record = Trajectory(
         **{name: state["record"][name] for name in known},
-        ledger=Ledger(segments),
+        ledger=Ledger(segments, map(Picture.from_state, state.get("pictures", ()))),
         turns=[TurnInfo(**turn) for turn in state["turns"]],
         sampler=SampleParams(**state["sampler"]),
     )

@@ -6,6 +6,9 @@ can forge a role marker, and no token ever straddles the border between template
 conversation is therefore a sequence of blocks, and "the tokens of the first k messages are a prefix of the
 tokens of k + 1" is a statement about blocks, which `verify` checks once per template. A template that
 rewrites history (thinking models strip earlier thoughts) makes the ledger branch: see `rewrites`.
+
+Images take no part in the template either: a placeholder's tokens are those of the texts and pictures that it stands
+for, in order. So they arrive in every role, whatever the template makes of images in a tool's message.
 """
 
 from __future__ import annotations
@@ -15,9 +18,21 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from agents.skeleton import CLOSE, OPEN, ChatFormatError, Messages, blocks_of, skeleton_of, text_of
+from agents.pictures import Picture, PictureError, PictureFormat, placed
+from agents.skeleton import (
+    CLOSE,
+    OPEN,
+    ChatFormatError,
+    Messages,
+    Shown,
+    Words,
+    blocks_of,
+    skeleton_of,
+    text_of,
+    words_of,
+)
 
 __all__ = ["ChatFormat", "ChatFormatError", "Messages", "text_of"]
 
@@ -43,6 +58,7 @@ class ChatFormat:
         tokenizer: a transformers tokenizer with a chat template.
         vocab_size: rows of the model's output matrix; ids that the tokenizer does not know are then banned, too.
         template_kwargs: passed on to the template (`enable_thinking`, ...).
+        pictures: how the model reads images; None where it reads none, which are then refused.
 
     Attributes:
         mode: `append` where the template only ever appends, `branch` where it may rewrite history.
@@ -60,8 +76,9 @@ class ChatFormat:
         *,
         vocab_size: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        pictures: PictureFormat | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.pictures = tokenizer, pictures
         self.template_kwargs = dict(template_kwargs or {})
         self._renders: dict[Any, _Render] = {}
         self._texts: dict[str, tuple[int, ...]] = {}
@@ -75,6 +92,9 @@ class ChatFormat:
             )
         added = _added_tokens(tokenizer)
         self._protected: dict[str, int] = {text: i for text, (i, special) in added.items() if special}
+        if pictures is not None:
+            marks = (pictures.pad_id, pictures.start_id, pictures.end_id)
+            self._protected |= {text: i for text, (i, _) in added.items() if i in marks}
         self.stop_ids: tuple[int, ...] = (self._find_stop(added),)
         wrappers = "".join(self._wrappers())
         self._protected |= {text: i for text, (i, _) in added.items() if text in wrappers and text not in _REASONING}
@@ -134,6 +154,20 @@ class ChatFormat:
     def rewrites(self, history: Messages, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> bool:
         """Whether the template alters the tokens of `history` once `messages` follow it."""
         return self.mode == "branch" and self._tail(history, messages, tools) is None
+
+    def shown(self, ids: Sequence[int], messages: Messages) -> list[tuple[int, Picture]]:
+        """(first placeholder, picture) for each image of messages whose tokens are `ids`.
+
+        Raises ChatFormatError where the template dropped or repeated some.
+        """
+        if self.pictures is None:
+            return []
+        said = [words_of(message.get("content")) for message in messages]
+        images = [part.image for words in said if not isinstance(words, str) for part in words if _is_image(part)]
+        try:
+            return placed(ids, [self._read(image) for image in images], self.pictures.pad_id)
+        except PictureError as error:
+            raise ChatFormatError(f"the chat template drops or repeats images: {error}") from error
 
     def turn_ids(self, text: str) -> list[int]:
         """A demonstrated assistant turn as the policy would sample it: text with special tokens split, stop id."""
@@ -261,7 +295,7 @@ class ChatFormat:
 
     def _tail(
         self, history: Messages, messages: Messages, tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[list[str | int], list[str]] | None:
+    ) -> tuple[list[str | int], list[Words]] | None:
         """Blocks after the last text of `history`, and all texts; None where history is rewritten."""
         skeleton, texts = skeleton_of([*history, *messages])
         cut = len(history)
@@ -316,11 +350,33 @@ class ChatFormat:
 
     # ------------------------------------------------------------------ tokens
 
-    def _ids(self, blocks: Iterable[str | int], texts: Sequence[str]) -> list[int]:
+    def _ids(self, blocks: Iterable[str | int], texts: Sequence[Words]) -> list[int]:
         out: list[int] = []
         for block in blocks:
-            out.extend(self._piece(block) if isinstance(block, str) else self.encode_text(texts[block]))
+            if isinstance(block, str):
+                out.extend(self._piece(block))
+                continue
+            words = texts[block]
+            for part in (words,) if isinstance(words, str) else words:
+                out.extend(self.encode_text(part) if isinstance(part, str) else self._seen(part.image))
         return out
+
+    def _seen(self, image: Any) -> list[int]:
+        """Tokens of an image."""
+        picture = self._read(image)
+        assert self.pictures is not None
+        return self.pictures.ids(picture)
+
+    def _read(self, image: Any) -> Picture:
+        if self.pictures is None:
+            raise ChatFormatError(
+                "a message shows an image, and this model reads text only: take a vision-language model "
+                "(Qwen2-VL, Qwen2.5-VL, Qwen3-VL), or an environment without images"
+            )
+        try:
+            return self.pictures.read(image)
+        except PictureError as error:
+            raise ChatFormatError(str(error)) from error
 
     def _piece(self, text: str) -> tuple[int, ...]:
         """Ids of a piece of the template itself, special tokens recognised."""
@@ -348,6 +404,10 @@ class ChatFormat:
         # A normaliser made a marker out of look-alikes: character by character there is none.
         single = [i for char in text for i in self.tokenizer.encode(char, add_special_tokens=False)]
         return tuple(i for i in single if i not in forbidden)
+
+
+def _is_image(part: str | Shown) -> TypeGuard[Shown]:
+    return isinstance(part, Shown)
 
 
 def _same_literals(a: Sequence[str | int], b: Sequence[str | int]) -> bool:

@@ -35,8 +35,16 @@ class Critic(nn.Module):
 
 
 def trunk_of(model: Any) -> Any:
-    """The part of a causal LM that ends in hidden states."""
+    """The part of a model that ends in hidden states; a vision-language model's includes the tower."""
     if isinstance(model, Critic):
         return model.trunk
+    if getattr(model.config, "vision_config", None) is not None:
+        return model.base_model
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return decoder if decoder is not None else model.base_model
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of the trunk that tokens go through: all of it, or a vision-language model's text side."""
+    trunk = trunk_of(model)
+    return trunk.language_model if getattr(trunk.config, "vision_config", None) is not None else trunk

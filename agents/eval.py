@@ -263,22 +263,21 @@ def _local(
     import torch
 
     from agents.actor import Player as TokenPlayer
-    from agents.chat import ChatFormat
     from agents.dist import World
     from agents.engines.build import colocated
     from agents.engines.hf import HFEngine
-    from agents.models import DTYPES, is_tiny, load_model
+    from agents.models import DTYPES, chat_of, is_tiny, load_model
 
     model: Any
     model, tokenizer = load_model(spec, DTYPES[command.dtype])
     device = command.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     torch.set_num_threads(command.threads or (1 if is_tiny(model) else torch.get_num_threads()))
-    chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    chat = chat_of(model, tokenizer)
     holds = getattr(model.config.get_text_config(), "max_position_embeddings", limits.max_context)
     how: dict[str, Any] = {
         "stop_ids": chat.stop_ids, "banned_ids": chat.banned_ids, "params": params, "rows": command.rows,
-        "max_context": min(limits.max_context, holds),
+        "max_context": min(limits.max_context, holds), "pictures": chat.pictures,
     }  # fmt: skip
     if command.engine == "hf":
         if command.vllm != VllmConfig():

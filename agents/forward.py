@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agents.critic import trunk_of
+from agents.vision import Sight, feed
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,6 @@ class Positions:
         return x_bT[self.row_N, self.time_N]
 
 
-def hidden_of(model: nn.Module, tokens_bT: Tensor) -> Tensor:
-    """Last hidden states `[b, T, H]` of right-padded rows."""
-    return trunk_of(model)(input_ids=tokens_bT, use_cache=False).last_hidden_state
+def hidden_of(model: nn.Module, tokens_bT: Tensor, sight: Sight | None = None) -> Tensor:
+    """Last hidden states `[b, T, H]` of right-padded rows; `sight`: of those that show pictures."""
+    return feed(model, tokens_bT, sight, use_cache=False).last_hidden_state

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from agents.batching import picture_columns
 from agents.chat import ChatFormat, text_of
 from agents.cli import UsageError
 from agents.learner import LMLearner
@@ -43,11 +44,14 @@ def record(chat: ChatFormat, conversation: Conversation) -> Ledger:
         if not pending:
             raise UsageError("a conversation to imitate has two assistant messages in a row, or begins with one")
         if turn == 0:
-            ledger.observe(chat.opening(pending, tools), turn)
+            fed = chat.opening(pending, tools)
+            ledger.observe(fed, turn, pictures=chat.shown(fed, pending))
         elif chat.rewrites(history, pending, tools):
-            ledger.branch(chat.opening([*history, *pending], tools), turn)
+            fed = chat.opening([*history, *pending], tools)
+            ledger.branch(fed, turn, pictures=chat.shown(fed, [*history, *pending]))
         else:
-            ledger.observe(chat.continuation(pending, history=history, tools=tools), turn)
+            fed = chat.continuation(pending, history=history, tools=tools)
+            ledger.observe(fed, turn, pictures=chat.shown(fed, pending))
         ids = chat.turn_ids(text_of(message["content"]))
         ledger.act(ids, [0.0] * len(ids), turn, version=0)
         history += [*pending, message]
@@ -60,6 +64,7 @@ def record(chat: ChatFormat, conversation: Conversation) -> Ledger:
 def batch_of(ledgers: Sequence[Ledger]) -> Batch:
     """One row per segment, padded on the right."""
     segments = [s for ledger in ledgers for s in ledger.segments]
+    pictures = [p for ledger in ledgers for p in ledger.pictures.values()]
     length_B = torch.tensor([len(s) for s in segments])
     tokens_BT = torch.zeros(len(segments), int(length_B.max()), dtype=torch.long)
     mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
@@ -68,16 +73,18 @@ def batch_of(ledgers: Sequence[Ledger]) -> Batch:
         mask_BT[i, : len(segment)] = torch.tensor(segment.mask, dtype=torch.bool)
     real_BT = torch.arange(tokens_BT.shape[1]) < length_B[:, None]
     return Batch.build(
-        mask_BT=mask_BT, group_B=torch.arange(len(segments)), tokens_BT=tokens_BT, real_BT=real_BT
-    )
+        mask_BT=mask_BT, group_B=torch.arange(len(segments)), tokens_BT=tokens_BT, real_BT=real_BT,
+        **(picture_columns(segments, pictures, tokens_BT.shape[1]) if pictures else {}),
+    )  # fmt: skip
 
 
 def digest(ledgers: Sequence[Ledger]) -> str:
-    """SHA-256 of ids and masks: equal for equal demonstrations, wherever they came from."""
+    """SHA-256 of ids, masks and pictures: equal for equal demonstrations, wherever they came from."""
     out = hashlib.sha256()
     for ledger in ledgers:
         for segment in ledger.segments:
-            out.update(repr((segment.ids, segment.mask)).encode())
+            shown = [span.ref for span in segment.spans if span.kind == "image"]
+            out.update(repr((segment.ids, segment.mask, *shown)).encode())
     return out.hexdigest()
 
 

@@ -8,9 +8,12 @@ row that is trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Span:
     length: int
     """Number of tokens."""
     ref: Any = None
-    """What the tokens stand for; for an image, the key under which the group's picture is stored."""
+    """What the tokens stand for; for an image, the key of its picture (`Ledger.pictures`)."""
 
 
 @dataclass
@@ -69,10 +72,14 @@ class Ledger:
 
     `observe` appends what the environment (or the chat format) wrote, `act` what the policy sampled, `branch`
     starts a segment whose history is rewritten.
+
+    Attributes:
+        pictures: those that spans refer to, by key.
     """
 
-    def __init__(self, segments: Sequence[Segment] = ()) -> None:
+    def __init__(self, segments: Sequence[Segment] = (), pictures: Iterable[Picture] = ()) -> None:
         self.segments: list[Segment] = list(segments) or [Segment()]
+        self.pictures: dict[int, Picture] = {picture.key: picture for picture in pictures}
 
     @property
     def turns(self) -> int:
@@ -87,11 +94,27 @@ class Ledger:
     def __len__(self) -> int:
         return sum(len(segment) for segment in self.segments)
 
-    def observe(self, ids: Sequence[int], turn: int, *, privileged: bool = False) -> None:
-        """Append tokens that the policy did not sample; `turn` is the policy turn that they lead to."""
+    def observe(
+        self,
+        ids: Sequence[int],
+        turn: int,
+        *,
+        privileged: range = range(0),
+        pictures: Sequence[tuple[int, Picture]] = (),
+    ) -> None:
+        """Append tokens that the policy did not sample.
+
+        Args:
+            turn: the policy turn that they lead to.
+            privileged: which of them are privileged text.
+            pictures: (first of its placeholders in `ids`, picture).
+        """
         n, segment = len(ids), self.segments[-1]
-        if privileged and n:
-            segment.spans.append(Span("privileged", len(segment), n))
+        if privileged:
+            segment.spans.append(Span("privileged", len(segment) + privileged.start, len(privileged)))
+        for start, picture in pictures:
+            segment.spans.append(Span("image", len(segment) + start, picture.length, picture.key))
+            self.pictures[picture.key] = picture
         segment.ids.extend(ids)
         segment.mask.extend([0] * n)
         segment.logp.extend([0.0] * n)
@@ -116,10 +139,14 @@ class Ledger:
         segment.version.extend([version] * n)
         segment.turn.extend([turn] * n)
 
-    def branch(self, ids: Sequence[int], turn: int) -> None:
+    def branch(self, ids: Sequence[int], turn: int, *, pictures: Sequence[tuple[int, Picture]] = ()) -> None:
         """Start a segment with rewritten history `ids` (mask 0), continuing the last one."""
         self.segments.append(Segment(parent=len(self.segments) - 1))
-        self.observe(ids, turn)
+        self.observe(ids, turn, pictures=pictures)
+
+    def shown(self, segment: int = -1) -> list[Picture]:
+        """The pictures of one segment, in the order of their placeholders."""
+        return [self.pictures[span.ref] for span in self.segments[segment].spans if span.kind == "image"]
 
     def concat(self, segment: int = -1) -> list[int]:
         """The ids of one segment: what the engine holds for this row (plus a last turn it has not been fed yet)."""

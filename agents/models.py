@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from agents import lora
+from agents.chat import ChatFormat
 from agents.cli import UsageError
+from agents.pictures import PictureError, PictureFormat
 from agents.sharding import full
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A causal LM in evaluation mode and its tokenizer.
+    """A causal LM (or one that also reads images) in evaluation mode and its tokenizer.
 
     `spec` is `bundled`, the folder of a run, the folder of a transformers model, or a Hugging Face id.
     Raises UsageError saying what is missing.
@@ -29,6 +31,16 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
     if model.get_output_embeddings() is None:
         raise UsageError(f"{spec}: {type(model).__name__} has no language-model head")
     return model.to(dtype).eval(), tokenizer
+
+
+def chat_of(model: Any, tokenizer: Any) -> ChatFormat:
+    """How messages become tokens for a model that `load_model` gave; UsageError where its pictures cannot be read."""
+    try:
+        pictures = PictureFormat.of(model.config, model.name_or_path)
+    except PictureError as error:
+        raise UsageError(str(error)) from error
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    return ChatFormat(tokenizer, vocab_size=vocab_size, pictures=pictures)
 
 
 def load_tokenizer(spec: str) -> tuple[Any, int]:
@@ -80,11 +92,13 @@ def _quiet() -> None:
 
 
 def _from_transformers(place: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        sees = getattr(AutoConfig.from_pretrained(place), "vision_config", None) is not None
+        kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(place, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UsageError(
@@ -124,9 +138,16 @@ def is_tiny(model: nn.Module) -> bool:
     return parameters(model) < 20_000_000
 
 
-def export(model: Any, tokenizer: Any, folder: Path, card: Iterable[str] = ()) -> None:
-    """`save_pretrained` of model and tokenizer, readable by any transformers program; adapters are merged."""
+def export(
+    model: Any, tokenizer: Any, folder: Path, card: Iterable[str] = (), pictures: PictureFormat | None = None
+) -> None:
+    """`save_pretrained` of model, tokenizer and image processor, readable by any transformers program.
+
+    Adapters are merged.
+    """
     _quiet()
     (lora.merged(model) if lora.layers(model) else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if pictures is not None:
+        pictures.save(folder)
     (folder / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")

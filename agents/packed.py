@@ -25,7 +25,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from agents.critic import trunk_of
+from agents.critic import decoder_of
+from agents.vision import Sight, feed
 
 NAME = "palaestra_packed"
 """In transformers' registry of attention functions. It has no entry among the mask functions: no mask is made."""
@@ -81,11 +82,10 @@ class Layout:
         return torch.cat(index).to(self.device)
 
 
-def hidden_of(model: Any, tokens_1N: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states of a packed row, `[N, H]`."""
-    trunk = trunk_of(model)
-    with attention(trunk.config, NAME):
-        out = trunk(input_ids=tokens_1N, position_ids=layout.position_1N, use_cache=False, packed_layout=layout)
+def hidden_of(model: Any, tokens_1N: Tensor, layout: Layout, sight: Sight | None = None) -> Tensor:
+    """Last hidden states of a packed row, `[N, H]`; `sight`: of one that shows pictures."""
+    with attention(decoder_of(model).config, NAME):
+        out = feed(model, tokens_1N, sight, position_ids=layout.position_1N, use_cache=False, packed_layout=layout)
     return out.last_hidden_state[0]
 
 
@@ -222,7 +222,7 @@ def same_attention(
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
     """Whether the model gives the same hidden states this way, tried on a few tokens with and without an opening."""
-    trunk = trunk_of(model)
+    trunk = decoder_of(model)
     config = trunk.config.get_text_config()
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return False

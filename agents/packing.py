@@ -215,10 +215,12 @@ def _units(b: Batch, which_B: Tensor, share: bool) -> list[_Unit]:
         return [_Unit([row], 0) for row in rows]
     first_B = torch.where(b.mask_BT.any(1), b.mask_BT.long().argmax(1), 0).tolist()
     tokens_BT = b.tokens_BT.cpu().numpy()
+    picture_BT = b["picture_BT"].cpu().numpy() if b.media else tokens_BT[:, :0]
     units: dict[bytes, _Unit] = {}
     for row in rows:
         opening = max(0, first_B[row] - 1)
-        units.setdefault(tokens_BT[row, :opening].tobytes(), _Unit([], opening)).rows.append(row)
+        same = tokens_BT[row, :opening].tobytes() + picture_BT[row, :opening].tobytes()
+        units.setdefault(same, _Unit([], opening)).rows.append(row)
     for unit in units.values():
         if len(unit.rows) < 2 or unit.opening < SHORTEST:
             unit.opening = 0

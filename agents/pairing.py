@@ -52,8 +52,13 @@ def mismatched(b: Batch, shift: int) -> Mixed:
     tokens_BW = torch.zeros(b.B, width, dtype=torch.long, device=at_T.device)
     tokens_BW[:, : b.T] = b.tokens_BT
     tokens_BW = torch.where(opening_BW, tokens_BW, 0)
+    pictures = {}
+    if b.media:  # those of the openings; an assistant shows none
+        picture_BW = torch.zeros_like(tokens_BW)
+        picture_BW[:, : b.T] = b["picture_BT"]
+        pictures = {"picture_BT": torch.where(opening_BW, picture_BW, 0), "media": b.media}
     row_N, from_N = theirs_BT.nonzero(as_tuple=True)
     tokens_BW[row_N, time_BT[row_N, from_N]] = b.tokens_BT[partner_B[row_N], from_N]
     kept = {n: b[n] for n in (*b.units, "temperature_B") if n in b and dims(n) == "B"}
     mask_BW = real_BW & ~opening_BW
-    return Mixed(Batch.build(tokens_BT=tokens_BW, real_BT=real_BW, mask_BT=mask_BW, **kept), time_BT)
+    return Mixed(Batch.build(tokens_BT=tokens_BW, real_BT=real_BW, mask_BT=mask_BW, **kept, **pictures), time_BT)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from agents.chat import ChatFormat, Messages, text_of
+from agents.chat import ChatFormat, Messages
 from agents.engines.base import Engine, Sampled, SampleParams
 from agents.episode import Episode, Limits, key_of
 from agents.ledger import Ledger, common_prefix
+from agents.pictures import Picture
 from policy_opt.protocols import Job, Sampler
 
 
@@ -43,14 +44,15 @@ class Playing:
             return
         if episode.result.unfinished:
             episode.result.unfinished, episode.result.stop_reason = False, ""
-            self._ask(self.ledger.concat())
+            self._ask(self.ledger.concat(), self.ledger.shown())
             return
         ids = self.chat.opening(episode.messages, episode.tools)
         if episode.job.hint is None:
-            self._feed(ids)
+            self._feed(ids, episode.messages)
         else:
-            hinted = self.chat.opening(with_hint(episode.messages, episode.job.hint), episode.tools)
-            self._feed(hinted, privileged=_added(ids, hinted))
+            messages = with_hint(episode.messages, episode.job.hint)
+            hinted = self.chat.opening(messages, episode.tools)
+            self._feed(hinted, messages, privileged=_added(ids, hinted))
 
     def hear(self, more: Sampled) -> None:
         """Record what was sampled of a turn: all of it, unless the job's budget cut it or had cut it before."""
@@ -90,27 +92,27 @@ class Playing:
         history, messages = episode.messages[: len(episode.messages) - new], episode.obs["messages"]
         if self.chat.rewrites(history, messages, episode.tools):
             self.engine.close(self.key)
-            self._feed(self.chat.opening(episode.messages, episode.tools), branch=True)
+            self._feed(self.chat.opening(episode.messages, episode.tools), episode.messages, branch=True)
         else:
-            self._feed(self.chat.continuation(
-                messages, history=history, tools=episode.tools, stopped=stop == "stop"
-            ))  # fmt: skip
+            ids = self.chat.continuation(messages, history=history, tools=episode.tools, stopped=stop == "stop")
+            self._feed(ids, messages)
 
-    def _feed(self, ids: Sequence[int], *, branch: bool = False, privileged: range = range(0)) -> None:
+    def _feed(
+        self, ids: Sequence[int], messages: Messages, *, branch: bool = False, privileged: range = range(0)
+    ) -> None:
+        """Record the tokens of some messages and ask for a turn, or end the episode for want of room."""
         held = 0 if branch else len(self.ledger.segments[-1])
         if held + len(ids) >= self.room:
             self.episode.finish("context")
             return
-        turn, (start, stop) = len(self.episode.result.turns), (privileged.start, privileged.stop)
+        turn, pictures = len(self.episode.result.turns), self.chat.shown(ids, messages)
         if branch:
-            self.ledger.branch(ids, turn)
+            self.ledger.branch(ids, turn, pictures=pictures)
         else:
-            self.ledger.observe(ids[:start], turn)
-            self.ledger.observe(ids[start:stop], turn, privileged=True)
-            self.ledger.observe(ids[stop:], turn)
-        self._ask(ids)
+            self.ledger.observe(ids, turn, privileged=privileged, pictures=pictures)
+        self._ask(ids, [picture for _, picture in pictures])
 
-    def _ask(self, ids: Sequence[int]) -> None:
+    def _ask(self, ids: Sequence[int], pictures: Sequence[Picture]) -> None:
         """Feed ids that the ledger holds already and ask for the (rest of the) turn, if the budget allows one."""
         self.cut = self.left == 0
         if self.cut:
@@ -119,7 +121,7 @@ class Playing:
         stream = (result.seed, self.job.group, self.job.member, len(result.turns), *([begun] if begun else []))
         budget = min(self.limits.max_new_tokens - begun, self.room - len(self.ledger.segments[-1]))
         budget = budget if self.left is None else min(budget, self.left)
-        self.engine.turn(self.key, ids, stream, budget, self.sampler)
+        self.engine.turn(self.key, ids, stream, budget, self.sampler, pictures)
 
     def _begun(self) -> tuple[int, ...]:
         """What has been sampled of the turn that is under way."""
@@ -144,9 +146,14 @@ def with_hint(messages: Messages, hint: str) -> list[dict[str, Any]]:
     out = [dict(m) for m in messages]
     for message in reversed(out):
         if message["role"] == "user":
-            message["content"] = f"{text_of(message['content'])}\n\n{hint}"
+            message["content"] = _with(message["content"], f"\n\n{hint}")
             return out
     return [*out, {"role": "user", "content": hint}]
+
+
+def _with(content: Any, text: str) -> Any:
+    """A message's content with a text after it."""
+    return content + text if isinstance(content, str) else [*content, {"type": "text", "text": text}]
 
 
 def _added(plain: Sequence[int], hinted: Sequence[int]) -> range:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from agents.critic import trunk_of
+from agents.critic import decoder_of
+from agents.vision import Sight, feed
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # many norms are computed in float32 whatever the weights
 _COARSE = 0.1
@@ -21,26 +22,29 @@ _COARSE = 0.1
 class Openings:
     """Keys and values of a chunk's openings under one model."""
 
-    def __init__(self, model: Any, tokens_GP: Tensor, length_G: Tensor):
-        self.trunk, self.length_G = trunk_of(model), length_G
+    def __init__(self, model: Any, tokens_GP: Tensor, length_G: Tensor, sight: Sight | None = None):
+        self.model, self.length_G = model, length_G
+        self.config = decoder_of(model).config
         self.width = tokens_GP.shape[1]
-        cache = DynamicCache(config=self.trunk.config)
-        self.trunk(input_ids=tokens_GP, past_key_values=cache, use_cache=True)
+        cache = DynamicCache(config=self.config)
+        feed(model, tokens_GP, sight, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         self.made: list[Tensor] = [x for layer in layers for x in (layer.keys, layer.values)]
         self.held = [x.detach().requires_grad_(x.requires_grad) for x in self.made]
 
-    def hidden(self, tokens_RS: Tensor, opening_R: Tensor) -> Tensor:
+    def hidden(self, tokens_RS: Tensor, opening_R: Tensor, sight: Sight | None = None) -> Tensor:
         """Last hidden states `[R, S, H]` of the rows' own tokens, which follow their openings."""
-        cache = DynamicCache(config=self.trunk.config)
+        cache = DynamicCache(config=self.config)
         for layer in range(len(self.held) // 2):
             keys, values = self.held[2 * layer : 2 * layer + 2]
             cache.update(keys[opening_R], values[opening_R], layer)
         length_R = self.length_G[opening_R]
         own_RS = torch.ones_like(tokens_RS)
         seen_RP = torch.arange(self.width, device=tokens_RS.device) < length_R[:, None]
-        return self.trunk(
-            input_ids=tokens_RS,
+        return feed(
+            self.model,
+            tokens_RS,
+            sight,
             past_key_values=cache,
             use_cache=True,
             attention_mask=torch.cat([seen_RP.long(), own_RS], 1),
@@ -57,7 +61,7 @@ class Openings:
 @torch.no_grad()
 def can_share(model: Any) -> bool:
     """Whether the model gives the same hidden states this way, tried on a few tokens of two openings."""
-    trunk = trunk_of(model)
+    trunk = decoder_of(model)
     config = trunk.config.get_text_config()
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         return False

@@ -24,7 +24,7 @@ from agents.engines.build import build_engine
 from agents.environment import env_maker, lived
 from agents.forward import Convention
 from agents.learner import LMLearner
-from agents.models import DTYPES, is_tiny, load_model
+from agents.models import DTYPES, chat_of, is_tiny, load_model
 from agents.optim import seeded
 from agents.rollout import Limits, MakeEnv
 from policy_opt.errors import RecipeError
@@ -138,7 +138,7 @@ def build(config: TrainConfig, world: World) -> Session:
     torch.set_num_threads(config.threads or (1 if is_tiny(model) else torch.get_num_threads()))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+        chat = chat_of(model, tokenizer)
         player = _player(config, world, make_env, whole, chat, lowest, temperature)
     convention = Convention(temperature, tuple(chat.banned_ids))
     learner = LMLearner(

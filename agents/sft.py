@@ -24,7 +24,7 @@ from agents.forward import Convention
 from agents.imitate import Conversation, imitate, likelihood, record
 from agents.learner import LMLearner
 from agents.ledger import Ledger
-from agents.models import DTYPES, export, is_tiny, load_model
+from agents.models import DTYPES, chat_of, export, is_tiny, load_model
 from agents.optim import seeded
 
 
@@ -99,7 +99,7 @@ def train(config: SftConfig, display: Display, out: Path) -> dict[str, Any]:
     """Imitate and export; returns likelihoods and counts."""
     model, tokenizer = load_model(config.model, DTYPES[config.dtype])
     torch.set_num_threads(config.threads or (1 if is_tiny(model) else torch.get_num_threads()))
-    chat = ChatFormat(tokenizer, vocab_size=model.get_output_embeddings().weight.shape[0])
+    chat = chat_of(model, tokenizer)
     ledgers, dropped = demonstrations(config, chat)
     kept, aside = split(ledgers, config.held_out, config.seed)
     learner = LMLearner(
@@ -113,7 +113,8 @@ def train(config: SftConfig, display: Display, out: Path) -> dict[str, Any]:
         progress=lambda step, steps, nll: display.progress("imitation", step, steps, f"{nll:.3f} nats/token"),
     )  # fmt: skip
     after = likelihood(learner, aside)
-    export(model, tokenizer, out, [f"# {config.model} after imitation of {config.env or config.data}"])
+    card = [f"# {config.model} after imitation of {config.env or config.data}"]
+    export(model, tokenizer, out, card, chat.pictures)
     return {
         "nll_before": before, "nll_after": after, "nll_last": losses[-1], "conversations": len(kept),
         "held_out": len(aside), "too_long": dropped, "steps": len(losses), "model": str(out),

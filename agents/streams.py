@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,12 +19,15 @@ from agents.packed import Layout
 from agents.packed import hidden_of as hidden_of_packed
 from agents.packing import Chunk, Part
 from agents.prefix import Openings
+from agents.vision import Sight
 from policy_opt.batch import Batch
 from policy_opt.errors import RecipeError
 from policy_opt.need import Entropy, Hidden, KLTo, LogProb, Mismatched, Need, Same, TopKIds, TopKLogProb, Value
 
 SCALARS = (LogProb, Entropy, KLTo, Value)
 """Quantities that are one number per token: streams, which a gradient can be taken of."""
+Lay = Callable[[Tensor], Tensor]
+"""Lays one number per token of the rows out as they go through a model."""
 Streams = dict[str, tuple[Tensor, Positions]]
 """By name: values `[N, ...]` and where they stand."""
 
@@ -71,20 +74,29 @@ class Work:
         model, world = self.models.bank[name].model, self.models.world
         with world.autocast():
             if piece.layout is not None:
-                hidden_NH = hidden_of_packed(model, piece.own_RS, piece.layout)
+                hidden_NH = hidden_of_packed(model, piece.own_RS, piece.layout, piece.sight)
             elif not int(self.chunk.length_G.max()):
-                hidden_NH = hidden_of(model, piece.own_RS).flatten(0, 1)
+                hidden_NH = hidden_of(model, piece.own_RS, piece.sight).flatten(0, 1)
             else:
                 if name not in self.openings:
                     self.openings[name] = self._open(model, piece.own_RS.device)
                 opening_R = piece.part.opening_R.to(piece.own_RS.device)
-                hidden_NH = self.openings[name].hidden(piece.own_RS, opening_R).flatten(0, 1)
+                hidden_NH = self.openings[name].hidden(piece.own_RS, opening_R, piece.sight).flatten(0, 1)
         return hidden_NH if world.precision is None else hidden_NH.to(world.precision)
 
     def _open(self, model: Any, device: torch.device) -> Openings:
         width = int(self.chunk.length_G.max())
         tokens_GP = self.b.tokens_BT[self.chunk.row_G, :width].to(device)
-        return Openings(model, tokens_GP, self.chunk.length_G.to(device))
+        sight = self.sight(self.chunk.row_G, width)
+        return Openings(model, tokens_GP, self.chunk.length_G.to(device), sight and sight.to(device))
+
+    def sight(self, rows_R: Tensor, width: int) -> Sight | None:
+        """What the first tokens of some rows show; None in a batch without pictures."""
+        if not self.b.media:
+            return None
+        some = self.b.rows(rows_R)
+        model = self.models.bank.policy.model  # positions are a matter of configuration, equal for all of the bank
+        return Sight.of(model, some.tokens_BT[:, :width], some["picture_BT"][:, :width], self.b.media)
 
     def push(self) -> None:
         """When all micro-batches of the chunk have had their backward pass: the openings'."""
@@ -98,6 +110,7 @@ class Piece:
     Attributes:
         own_RS: tokens that go through a model beside the openings: rows without them, padded on the right; or where
             `layout` says how, everything end to end in one row.
+        sight: what they show, where the batch has pictures.
         start_R: the hidden state of token t of row r is the (start_R[r] + t)-th.
     """
 
@@ -114,25 +127,24 @@ class Piece:
         usual = work.models.convention.temperature
         self.temperature_R = some["temperature_B"].tolist() if "temperature_B" in some else [usual] * some.B
         self.layout: Layout | None = None
-        if work.chunk.packed:
-            self.own_RS, start_R = self._end_to_end(length_R)
-        else:
-            self.own_RS, start_R = self._padded(length_R)
+        lay, start_R = self._end_to_end(length_R) if work.chunk.packed else self._padded(length_R)
+        self.own_RS = lay(self.tokens_RT)
         self.start_R = start_R.to(device)
+        sight = work.sight(part.rows_R, width)
+        self.sight = sight and sight.to(device).laid(lay)
 
-    def _padded(self, length_R: Tensor) -> tuple[Tensor, Tensor]:
-        """own_RS and start_R of padded rows; what is beyond a row's end is any token, nobody reads it."""
+    def _padded(self, length_R: Tensor) -> tuple[Lay, Tensor]:
+        """Layout and start_R of padded rows; what is beyond a row's end is any token, nobody reads it."""
         rows, width = self.tokens_RT.shape
         offset_R = self.part.offset_R.cpu()
+        if not offset_R.any():
+            return lambda x_RT: x_RT, torch.arange(rows) * width
         own = int((length_R - offset_R).max())
-        own_RS = self.tokens_RT
-        if offset_R.any():
-            time_RS = (offset_R[:, None] + torch.arange(own)).clamp(max=width - 1)
-            own_RS = own_RS.gather(1, time_RS.to(own_RS.device))
-        return own_RS, torch.arange(rows) * own_RS.shape[1] - offset_R
+        time_RS = (offset_R[:, None] + torch.arange(own)).clamp(max=width - 1).to(self.tokens_RT.device)
+        return lambda x_RT: x_RT.gather(1, time_RS), torch.arange(rows) * own - offset_R
 
-    def _end_to_end(self, length_R: Tensor) -> tuple[Tensor, Tensor]:
-        """own_RS `[1, N]` and start_R of packed rows; sets `layout`."""
+    def _end_to_end(self, length_R: Tensor) -> tuple[Lay, Tensor]:
+        """Layout, `[1, N]`, and start_R of packed rows; sets `layout`."""
         lengths: list[int] = []
         openings: list[int] = []
         places: list[Tensor] = []
@@ -154,7 +166,8 @@ class Piece:
             at += length - offset
         device = self.tokens_RT.device
         self.layout = Layout(tuple(lengths), tuple(openings), device)
-        return self.tokens_RT.flatten()[torch.cat(places).to(device)][None], start_R
+        place_N = torch.cat(places).to(device)
+        return lambda x_RT: x_RT.flatten()[place_N][None], start_R
 
     def streams(self, needs: Sequence[Need]) -> Streams:
         """Every need's values and where they stand. Needs alone decide which models are run, and in which order."""

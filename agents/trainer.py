@@ -94,7 +94,8 @@ class Trainer:
                 packing=c.packing, recompute=c.recompute, on_step=self._on_warm_step,
             )  # fmt: skip
         if self.folder is not None and lora.layers(s.model):
-            export(lora.without(s.model), s.tokenizer, self.folder.path / BASE, [f"# {c.model} after its warm start"])
+            card = [f"# {c.model} after its warm start"]
+            export(lora.without(s.model), s.tokenizer, self.folder.path / BASE, card, s.chat.pictures)
         self.display.note(f"warm start: {how}, {len(ledgers)} demonstrations, {time.monotonic() - began:.0f} s")
 
     def _on_warm_step(self, step: int, steps: int, nll: float) -> None:
@@ -243,7 +244,7 @@ class Trainer:
                 summary[f"success_{entry['label']}"] = entry["success"]
         with s.learner.bank.policy.whole("cpu") as model:  # split weights: all processes take part
             if self.folder is not None:
-                export(model, s.tokenizer, self.folder.path / "model", self._card(summary))
+                export(model, s.tokenizer, self.folder.path / "model", self._card(summary), s.chat.pictures)
         if self.folder is None:
             return summary
         summary["run"] = str(self.folder.path)

@@ -69,7 +69,7 @@ class Batch:
     pairs_P2: Tensor | None = None
     """Preference pairs as row indices (preferred, other), int64."""
     media: Mapping[str, Tensor] | None = None
-    """Images and the like, stored once per group."""
+    """Images and the like, each stored once; a name always means the same content."""
     soft: Mapping[str, Tensor] | None = None
     """Records of soft (mixture) tokens, for samplers that take them."""
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -345,7 +345,7 @@ def concat(batches: Sequence[Batch]) -> Batch:
     pairs = [b.pairs_P2 + start for b, start in zip(wide, starts, strict=True) if b.pairs_P2 is not None]
     changes: dict[str, Any] = {name: torch.cat([getattr(b, name) for b in wide]) for name in CORE}
     changes["pairs_P2"] = torch.cat(pairs) if pairs else None
-    changes["media"] = _merge([b.media for b in wide if b.media is not None])
+    changes["media"] = _union([b.media for b in wide if b.media is not None])
     changes["soft"] = _merge([b.soft for b in wide if b.soft is not None])
     units = _stack([b.units for b in wide])
     shift_B = torch.cat(
@@ -380,13 +380,26 @@ def _stack(values: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _merge(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Dicts of tensors joined by key; a key in two of them is an error: media are stored once per group."""
+    """Dicts of tensors joined by key; a key in two of them is an error."""
     if not parts:
         return None
     merged: dict[str, Tensor] = {}
     for part in parts:
         again = merged.keys() & part.keys()
         if again:
-            raise BatchError(f"cannot concatenate: media {sorted(again)} stand in two batches")
+            raise BatchError(f"cannot concatenate: {sorted(again)} stand in two batches")
+        merged.update(part)
+    return merged
+
+
+def _union(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Media of several batches; what two of them have must be the same."""
+    if not parts:
+        return None
+    merged: dict[str, Tensor] = {}
+    for part in parts:
+        other = [name for name in merged.keys() & part.keys() if not torch.equal(merged[name], part[name])]
+        if other:
+            raise BatchError(f"cannot concatenate: media {sorted(other)} differ between two batches")
         merged.update(part)
     return merged

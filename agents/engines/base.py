@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from agents.pictures import Picture
 from policy_opt.protocols import Sampler
 
 Key = tuple[int, ...]
@@ -93,11 +94,18 @@ class Engine(Protocol):
     """Version of the policy that samples."""
 
     def turn(
-        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+        self,
+        key: Key,
+        ids: Sequence[int],
+        seed: Key,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> None:
         """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by `seed`.
 
-        `sampler`: temperature, and a rule that sets every token's own, in place of the engine's.
+        `sampler`: temperature, and a rule that sets every token's own, in place of the engine's. `pictures`: those
+        whose placeholders stand in `ids`, in order.
         """
 
     def run(self) -> list[tuple[Key, Sampled]]:

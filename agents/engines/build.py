@@ -26,7 +26,7 @@ def build_engine(
     rows = max(1, -(-config.rollout.rows // world.size))
     how: dict[str, Any] = {
         "stop_ids": chat.stop_ids, "banned_ids": chat.banned_ids, "params": params, "rows": rows,
-        "max_context": max_context,
+        "max_context": max_context, "pictures": chat.pictures,
     }  # fmt: skip
     if config.engine == "hf":
         from agents.engines.hf import HFEngine

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agents.critic import decoder_of
 from agents.engines.base import Key, Sampled, SampleParams
 from agents.engines.dense import DenseForward
+from agents.engines.gallery import Gallery
 from agents.engines.plan import Fed, Plan, build_plan
 from agents.engines.recompute import recompute_turns
 from agents.engines.reference import log_prob_gap
@@ -27,6 +29,7 @@ from agents.engines.rows import Decoding, Row
 from agents.engines.sampling import banned_row, draw
 from agents.engines.slots import ATTENTION, Slots, attention_of
 from agents.ledger import common_prefix
+from agents.pictures import Picture, PictureFormat
 from policy_opt.protocols import Sampler
 from policy_opt.sampling import RULES
 
@@ -50,6 +53,7 @@ class HFEngine:
         rows: slots for episodes; more may be opened, they wait.
         max_context: tokens per row at most; None takes the model's maximum.
         version: version of the weights, written into the token record.
+        pictures: how the model reads images; None: it reads none.
 
     Attributes:
         reuse: whether keys and values are kept between turns. Verified on this very model when the engine is
@@ -69,6 +73,7 @@ class HFEngine:
         rows: int = 128,
         max_context: int | None = None,
         version: int = 0,
+        pictures: PictureFormat | None = None,
     ) -> None:
         if not stop_ids:
             raise ValueError("an engine needs at least one stop id, or no turn could end")
@@ -85,6 +90,7 @@ class HFEngine:
             self._slots = Slots(rows, self.max_context, self.device)
             self._decoding = Decoding(rows, stop_ids, self.vocab_size, self.device)
         self._dense: DenseForward | None = None
+        self._gallery = Gallery(model, pictures) if pictures is not None else None
         self.reuse = True
         self.reset()
         self._verify()
@@ -92,20 +98,32 @@ class HFEngine:
     # ------------------------------------------------------------------ protocol
 
     def turn(
-        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+        self,
+        key: Key,
+        ids: Sequence[int],
+        seed: Key,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> None:
         """Feed ids to row `key` (a new key opens a row), then sample one turn from the stream named by
-        `seed`; `sampler` in place of the engine's temperature.
+        `seed`; `sampler` in place of the engine's temperature, `pictures` for the placeholders among the ids.
 
         Raises:
-            ValueError: the row is in the middle of a turn, or a new row is fed nothing.
+            ValueError: the row is in the middle of a turn, or a new row is fed nothing, or its pictures do not fit
+                its placeholders.
         """
         row = self._open.setdefault(key, Row(key))
         if row.busy:
             raise ValueError(f"row {key} has not finished its turn")
         if not row.ids and not len(ids):
             raise ValueError(f"row {key} is new and was fed no tokens")
-        row.ids.extend(ids)
+        if self._gallery is None:
+            row.ids.extend(ids)
+        else:
+            row.ids.extend(self._gallery.named(ids, pictures))
+            row.pictures.extend(pictures)
+            self._gallery.place(row)
         row.budget = min(max_new_tokens, self.max_context - len(row.ids))
         row.seed, row.sampler, row.busy = seed, sampler, True
         (self._waiting if row.budget > 0 else self._full)[key] = row
@@ -124,7 +142,7 @@ class HFEngine:
             done = [(row, Sampled((), (), "context")) for row in self._full.values()]
             self._full.clear()
         elif self._waiting or self._decoding.rows:
-            with attention_of(self.model, ATTENTION if self.reuse else None), torch.inference_mode():
+            with attention_of(decoder_of(self.model), ATTENTION if self.reuse else None), torch.inference_mode():
                 while not done and (self._decoding.rows or self._feedable()):
                     done = self._step() if self.reuse else self._recompute()
         for row, _ in done:
@@ -155,6 +173,8 @@ class HFEngine:
             self._slots.clear_all()
             if self._dense is not None:
                 self._dense.refresh()
+            if self._gallery is not None:
+                self._gallery.reset()
 
     # ------------------------------------------------------------------ one forward
 
@@ -164,7 +184,7 @@ class HFEngine:
         fed, copies = self._select()
         leaders = {f.row: i for i, f in enumerate(fed)}
         repeats = [leaders[leader] for leader, _ in copies]
-        plan = build_plan(self._decoding, fed, repeats, len(self._slots.prefix_ids))
+        plan = self._plan(fed, repeats, len(self._slots.prefix_ids))
         logits_RV = self._forward(plan)
         self._decoding.fed()
         for item in fed:
@@ -180,9 +200,15 @@ class HFEngine:
         id_R, logp_R = draw(logits_RV, u_R, self.params, self._banned_V, self._decoding.samplers())
         return [self._finish(*over) for over in self._decoding.record(slot_R, id_R, logp_R)]
 
+    def _plan(self, fed: Sequence[Fed], repeats: Sequence[int], prefix: int) -> Plan:
+        return build_plan(self._decoding, fed, repeats, prefix, axes=self._gallery is not None)
+
     def _forward(self, plan: Plan) -> Tensor:
         """Logits [R, V] at the plan's wanted tokens; keys and values are stored on the way."""
         self._slots.begin(plan)
+        if self._gallery is not None:
+            hidden_NH = self._gallery.forward(plan, past_key_values=self._slots, use_cache=True, slots=self._slots)
+            return self.model.get_output_embeddings()(hidden_NH[plan.keep_R])
         if self._dense is not None and not torch.is_autocast_enabled(self.device.type):
             return self._dense(plan, self._slots)
         out = self.model(
@@ -238,6 +264,8 @@ class HFEngine:
             f"computed anew from its first token, which costs time in proportion to the number of turns",
             stacklevel=3,
         )
+        if self._gallery is not None:
+            raise ValueError(f"{type(self.model).__name__} cannot be shown pictures this way ({problem})")
 
     # ------------------------------------------------------------------ who is fed
 
@@ -268,10 +296,10 @@ class HFEngine:
         if len(fresh) < 2 or len(prefix) < _MIN_PREFIX or prefix == self._slots.prefix_ids:
             return
         self._slots.clear_all()
-        carrier = Row((), slot=0)
+        carrier = Row((), slot=0, place_3T=fresh[0].place_3T)
         for start in range(0, len(prefix), _FED_TOKENS):
             chunk = Fed(carrier, prefix[start : start + _FED_TOKENS], last=True)
-            self._forward(build_plan(self._decoding, [chunk], [], 0))
+            self._forward(self._plan([chunk], [], 0))
             carrier.stored += len(chunk.ids)
         self._slots.lift_prefix(0, prefix)
 

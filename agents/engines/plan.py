@@ -46,7 +46,7 @@ class Plan:
     ids_N: Tensor
     """Token ids."""
     pos_N: Tensor
-    """Positions in the row, shared prefix included."""
+    """Positions in the row, shared prefix included; [3, N] rotary ones for a model that reads pictures."""
     slot_N: Tensor
     """Slot of each token."""
     index_N: Tensor
@@ -72,7 +72,9 @@ class Plan:
         return max(self.reach, self.fed.reach if self.fed is not None else 0)
 
 
-def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], prefix: int) -> Plan:
+def build_plan(
+    decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], prefix: int, axes: bool = False
+) -> Plan:
     """Lay out a forward.
 
     Args:
@@ -80,8 +82,11 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], p
         fed: tokens for rows that begin a turn.
         repeats: indices into `fed` whose last logits are wanted once more, for rows that were fed the same.
         prefix: length of the shared prefix.
+        axes: whether positions have three axes.
     """
     ids_D, pos_D, index_D = decoding.pending()
+    if axes:
+        pos_D = pos_D.expand(3, -1)
     device, n_decode = ids_D.device, len(decoding.rows)
     if not fed:
         keep_R = torch.arange(n_decode, device=device)
@@ -101,12 +106,14 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], p
         said_N, start_P[row_N] + step_N, slot_P[row_N], place_P[row_N] + step_N, row_N * longest + step_N
     ])  # fmt: skip
     ids_N, pos_N, slot_N, index_N, real_N = torch.from_numpy(table).to(device)
+    if axes:
+        pos_N = torch.cat([_places(f) for f in fed], 1).to(device)
     last_N = ends[[i for i, f in enumerate(fed) if f.last] + list(repeats)] - 1
     index_PC = (ends - lengths)[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
     reach = int((place_P + lengths).max())
     return Plan(
         ids_N=torch.cat([ids_D, ids_N]),
-        pos_N=torch.cat([pos_D, pos_N]),
+        pos_N=torch.cat([pos_D, pos_N], -1),
         slot_N=torch.cat([decoding.slot_D, slot_N]),
         index_N=torch.cat([index_D, index_N]),
         keep_R=torch.from_numpy(np.concatenate([np.arange(n_decode), n_decode + last_N])).to(device),
@@ -123,6 +130,14 @@ def build_plan(decoding: Decoding, fed: Sequence[Fed], repeats: Sequence[int], p
             reach=reach,
         ),
     )
+
+
+def _places(fed: Fed) -> Tensor:
+    """Rotary positions [3, C] of what is fed to a row."""
+    start, stop = fed.row.stored, fed.row.stored + len(fed.ids)
+    if fed.row.place_3T is None:
+        return torch.arange(start, stop).expand(3, -1)
+    return fed.row.place_3T[:, start:stop]
 
 
 def _causal_bias(place_P: np.ndarray, longest: int, reach: int, shares_P: np.ndarray, prefix: int) -> Tensor:

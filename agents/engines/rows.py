@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.engines.base import Key
 from agents.engines.sampling import uniforms
+from agents.pictures import Picture
 from policy_opt.protocols import Sampler
 
 
@@ -20,7 +21,13 @@ class Row:
 
     key: Key
     ids: list[int] = field(default_factory=list)
-    """Everything fed and sampled so far."""
+    """Everything fed and sampled so far; for placeholders, what `Gallery.named` calls them."""
+    pictures: list[Picture] = field(default_factory=list)
+    """Those whose placeholders are among them, in order."""
+    place_3T: Tensor | None = None
+    """Rotary positions of what has been fed, in a model that reads pictures; None: places in the row."""
+    delta: int = 0
+    """Rotary position of the next token, less its place in the row: pictures take up less."""
     stored: int = 0
     """How many of them have keys and values in memory; the shared prefix counts."""
     slot: int = -1
@@ -83,7 +90,7 @@ class Decoding:
         return self._origin + self.tick + 1 if self.rows else 0
 
     def pending(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Last sampled ids, positions, and places in the slots, of the rows in `slot_D`. Each [D]."""
+        """Last sampled ids, rotary positions, and places in the slots, of the rows in `slot_D`. Each [D]."""
         pos_D = self._pos_S[self.slot_D]
         return self._last_S[self.slot_D], pos_D, pos_D - self._base_S[self.slot_D]
 
@@ -104,7 +111,9 @@ class Decoding:
         for i, row in enumerate(rows):
             drawn[i, : row.budget] = uniforms(row.seed, row.budget)
             row.origin = row.stored - row.base - self.tick
-        state = torch.tensor([(r.slot, r.stored, r.base, r.budget) for r in rows], device=self.device)
+        state = torch.tensor(
+            [(r.slot, r.stored + r.delta, r.base + r.delta, r.budget) for r in rows], device=self.device
+        )  # fmt: skip
         slot_P, self._pos_S[state[:, 0]] = state[:, 0], state[:, 1]
         self._base_S[slot_P], self._budget_S[slot_P], self._count_S[slot_P] = state[:, 2], state[:, 3], 0
         self._u_SM[slot_P] = torch.from_numpy(drawn).to(self.device)

@@ -2,7 +2,8 @@
 
 The engine has its own copy of the weights: `agents.sync` delivers the policy's after each update and verifies it.
 Every turn is one request with all of the row's ids as prompt; vLLM keeps keys and values by prefix, so that only what
-is new is computed.
+is new is computed. Pictures go along as images of the model's own size, one placeholder each in the prompt; vLLM
+expands them, and must come to the row's ids.
 
 Log-probs are exactly the convention's (`SampleParams`): vLLM's `processed_logprobs` are those of the softmax after
 bans and temperature, and bans are a bias of minus infinity. They are also *after* top-k and top-p, which vLLM offers
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -41,6 +42,7 @@ from agents.cli import UsageError
 from agents.config import VllmConfig
 from agents.engines.base import EngineFailure, Key, Sampled, SampleParams, stream
 from agents.engines.vllm_core import Convention, Turn
+from agents.pictures import Picture, PictureFormat, placed
 from agents.sync import write_model
 from policy_opt.protocols import Sampler
 
@@ -58,6 +60,8 @@ class _Row:
 
     key: Key
     ids: list[int] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    """Those whose placeholders stand in `ids`, in order."""
     request: str = ""
     """Name of the request under way; empty between turns."""
 
@@ -76,6 +80,8 @@ class VllmEngine:
         max_context: tokens per row at most.
         dtype: of the engine's weights and computation.
         device: where it runs.
+        pictures: how the model reads pictures; None where rows have none.
+        tokenizer: the model's; vLLM's image processor asks for one.
 
     Attributes:
         hooks: sampler rules that it serves: none, because they change every token's temperature.
@@ -94,9 +100,14 @@ class VllmEngine:
         max_context: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        pictures: PictureFormat | None = None,
+        tokenizer: Any = None,
     ):
         if not stop_ids:
             raise ValueError("an engine needs at least one stop id, or no turn could end")
+        if pictures is not None and tokenizer is None:
+            raise ValueError("an engine for pictures needs the model's tokenizer")
+        self.pictures, self.tokenizer = pictures, tokenizer
         self.settings, self.rows, self.max_context, self.dtype = settings, rows, max_context, dtype
         self.params, self.device = params or SampleParams(), device or torch.device("cpu")
         self.stop_ids, self.banned_ids = tuple(stop_ids), tuple(banned_ids)
@@ -109,17 +120,26 @@ class VllmEngine:
         self._full: list[_Row] = []
         self._asked: list[Turn] = []
         self._dropped: list[str] = []
+        self._shown: set[int] = set()
 
     # ------------------------------------------------------------------ Engine
 
     def turn(
-        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+        self,
+        key: Key,
+        ids: Sequence[int],
+        seed: Key,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> None:
         """Feed ids to row `key`, then sample one turn; see `Engine.turn`.
 
         Raises:
             ValueError: the row is in the middle of a turn, or a new row is fed nothing, or a rule is asked for.
+            PictureError: the placeholders among the ids are not the pictures'.
         """
+        check_pictures(self.pictures, ids, pictures)
         row = self._open.setdefault(key, _Row(key))
         if row.request:
             raise ValueError(f"row {key} has not finished its turn")
@@ -128,6 +148,7 @@ class VllmEngine:
         if sampler is not None and sampler.hook is not None:
             raise ValueError(f"the engine vllm has no sampler rule `{sampler.hook}`")
         row.ids.extend(map(int, ids))
+        row.pictures.extend(pictures)
         budget = min(max_new_tokens, self.max_context - len(row.ids))
         self._numbers += 1
         row.request = str(self._numbers)
@@ -137,14 +158,15 @@ class VllmEngine:
         temperature = self.params.temperature if sampler is None else sampler.temperature
         refuse_cold(temperature)
         number = int(stream(seed).generate_state(1, np.uint64)[0]) >> 1
-        self._asked.append(Turn(row.request, tuple(row.ids), number, budget, temperature))
+        prompt, names = folded(self.pictures, row.ids), tuple(picture.key for picture in row.pictures)
+        self._asked.append(Turn(row.request, prompt, number, budget, temperature, names))
         self._busy[row.request] = row
 
     def run(self) -> list[tuple[Key, Sampled]]:
         """Advance until at least one row finished its turn. Ordered by key; [] if none has a turn to finish.
 
         Raises:
-            EngineFailure: the engine's process is gone.
+            EngineFailure: the engine's process is gone, or expands a row's pictures to other placeholders.
             FloatingPointError: the model's logits are not finite.
         """
         done: list[tuple[_Row, Sampled]] = []
@@ -153,13 +175,22 @@ class VllmEngine:
             self._full = []
         elif self._busy:
             asked, dropped, self._asked, self._dropped = self._asked, self._dropped, [], []
+            self._show(picture for turn in asked for picture in self._busy[turn.name].pictures)
             done = [self._finish(*over) for over in self._core().call("turns", asked, dropped)]
         for row, _ in done:
             row.request = ""
         return sorted(((row.key, sampled) for row, sampled in done), key=lambda pair: pair[0])
 
-    def _finish(self, name: str, ids: list[int], logps: list[float]) -> tuple[_Row, Sampled]:
+    def _show(self, pictures: Iterable[Picture]) -> None:
+        """Bring the process the pictures that it does not have yet."""
+        new = {picture.key: picture.image for picture in pictures if picture.key not in self._shown}
+        if new:
+            self._core().call("show", new)
+            self._shown |= new.keys()
+
+    def _finish(self, name: str, ids: list[int], logps: list[float], fed: list[int]) -> tuple[_Row, Sampled]:
         row = self._busy.pop(name)
+        check_expansion(row.key, row.ids, fed)
         if not math.isfinite(sum(logps)):
             raise FloatingPointError(f"row {row.key}: the model's logits are not finite (version {self.version})")
         row.ids.extend(ids)
@@ -183,6 +214,7 @@ class VllmEngine:
     def reset(self) -> None:
         """Drop all rows and all keys and values, so that what comes does not depend on what was."""
         self._open, self._busy, self._full, self._asked, self._dropped = {}, {}, [], [], []
+        self._shown = set()
         if self.process is not None:
             self.process.call("forget")
 
@@ -202,20 +234,24 @@ class VllmEngine:
             self._adapters += 1  # vLLM keeps adapters by number
             lora.save(model, self.process.folder / "adapter")
             self.process.call("adapt", str(self.process.folder / "adapter"), self._adapters)
+        self._shown = set()  # what was kept for older weights is gone
         self.version = version
 
     def _takes_adapters(self, model: Any) -> bool:
         return bool(lora.layers(model)) and not self.settings.merge
 
-    def log_probs(self, ids: Sequence[int]) -> list[float]:
+    def log_probs(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> list[float]:
         """Log-prob of each id given those before it, all but the first."""
-        return self._core().call("log_probs", list(ids))
+        check_pictures(self.pictures, ids, pictures)
+        self._show(pictures)
+        names = tuple(picture.key for picture in pictures)
+        return self._core().call("log_probs", folded(self.pictures, ids), names)
 
     def shutdown(self) -> None:
         """End the process; the next delivery starts another one."""
         if self.process is not None:
             self.process.end()
-            self.process = None
+            self.process, self._shown = None, set()
 
     # ------------------------------------------------------------------ the process
 
@@ -229,6 +265,9 @@ class VllmEngine:
         adapted = self._takes_adapters(model)
         plain = lora.without(model) if adapted else lora.merged(model) if lora.layers(model) else model
         write_model(plain, process.folder / "model", self.dtype)
+        if self.pictures is not None:
+            self.pictures.save(process.folder / "model")
+            self.tokenizer.save_pretrained(process.folder / "model")
         options = self._options(str(process.folder / "model"), model)
         process.call("start", options, Convention(
             self.params.top_k, self.params.top_p, self.stop_ids, self.banned_ids
@@ -239,7 +278,7 @@ class VllmEngine:
         """Arguments of `vllm.LLM`."""
         cuda = self.device.type == "cuda"
         options: dict[str, Any] = {
-            "model": folder, "skip_tokenizer_init": True, "generation_config": "vllm", "seed": 0,
+            "model": folder, "skip_tokenizer_init": self.pictures is None, "generation_config": "vllm", "seed": 0,
             "dtype": str(self.dtype).removeprefix("torch."), "max_model_len": self.max_context,
             "max_num_seqs": self.rows, "logprobs_mode": "processed_logprobs", "enable_prefix_caching": True,
             "enforce_eager": self.settings.eager or not cuda, "use_tqdm_on_load": False,
@@ -252,10 +291,39 @@ class VllmEngine:
             # Without a GPU vLLM cannot take back the draw of a seeded request whose prompt is fed in parts.
             options["enable_chunked_prefill"] = False
             options["max_num_batched_tokens"] = max(_FED_TOKENS, self.max_context, self.rows)
+        if self.pictures is not None:
+            options["limit_mm_per_prompt"] = most_pictures(self.max_context)
         if self._takes_adapters(model):
             rank = max(layer.r[lora.ADAPTER] for layer in lora.layers(model).values())
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(r for r in _RANKS if r >= rank)}
         return options
+
+
+def check_pictures(form: PictureFormat | None, ids: Sequence[int], pictures: Sequence[Picture]) -> None:
+    """ValueError (PictureError) where what a row is fed does not fit its pictures, or the engine reads none."""
+    if form is not None:
+        placed(ids, pictures, form.pad_id)
+    elif pictures:
+        raise ValueError("this engine was built without `pictures`, and a row has some")
+
+
+def folded(form: PictureFormat | None, ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids as vLLM is fed them: with one placeholder per picture, which it expands."""
+    return tuple(map(int, ids if form is None else form.folded(ids)))
+
+
+def check_expansion(key: Key, ids: Sequence[int], fed: Sequence[int]) -> None:
+    """EngineFailure where vLLM made other ids of a prompt than the row has."""
+    if list(ids) != list(fed):
+        raise EngineFailure(
+            f"row {key}: vLLM expands its pictures to a prompt of {len(fed)} tokens, the row has {len(ids)}: the "
+            f"engine's image processor is not the run's. Does it have the same model and settings?"
+        )
+
+
+def most_pictures(max_context: int) -> dict[str, int]:
+    """Pictures that fit a row at most, each of three tokens or more; no videos."""
+    return {"image": max(1, max_context // 3), "video": 0}
 
 
 def refuse(engine: VllmEngine) -> None:

@@ -33,17 +33,19 @@ class Turn:
     name: str
     """Of the request, unique."""
     ids: tuple[int, ...]
-    """The whole row so far."""
+    """The whole row so far, one placeholder per picture."""
     seed: int
     """Of its random stream."""
     budget: int
     """Tokens at most."""
     temperature: float
     """0: the likeliest token."""
+    pictures: tuple[int, ...] = ()
+    """Names of the row's pictures, in order; `Core.show` brought them."""
 
 
-Done = tuple[str, list[int], list[float]]
-"""A finished turn: its name, ids and their log-probs."""
+Done = tuple[str, list[int], list[float], list[int]]
+"""A finished turn: its name, ids and their log-probs, and the prompt with its pictures' placeholders expanded."""
 
 
 class Core:
@@ -55,19 +57,31 @@ class Core:
         self.llm = LLM(**options)
         self.convention = convention
         self.adapter: Any = None
+        self.images: dict[int, Any] = {}
+
+    def show(self, images: Mapping[int, Any]) -> None:
+        """Take pictures, PIL images by name, that turns ask for; kept until the next `forget`."""
+        self.images |= images
 
     def turns(self, turns: Sequence[Turn], dropped: Sequence[str]) -> list[Done]:
         """Admit turns, drop others, and step until at least one turn is over; [] if there is none to finish."""
         engine = self.llm.llm_engine
         engine.abort_request(list(dropped))
         for turn in turns:
-            engine.add_request(
-                turn.name, {"prompt_token_ids": list(turn.ids)}, self._params(turn), lora_request=self.adapter
-            )
+            prompt = self._prompt(turn.ids, turn.pictures)
+            engine.add_request(turn.name, prompt, self._params(turn), lora_request=self.adapter)
         done: list[Done] = []
         while not done and engine.has_unfinished_requests():
             done = [_done(out) for out in engine.step() if out.finished]
         return done
+
+    def _prompt(self, ids: Sequence[int], pictures: Sequence[int]) -> Any:
+        """What vLLM is fed. It keeps what it computed of a picture, and of all that follows, under the name."""
+        prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
+        if pictures:
+            prompt["multi_modal_data"] = {"image": [self.images[name] for name in pictures]}
+            prompt["multi_modal_uuids"] = {"image": [str(name) for name in pictures]}
+        return prompt
 
     def _params(self, turn: Turn) -> Any:
         from vllm import SamplingParams
@@ -83,14 +97,13 @@ class Core:
             params.logit_bias = dict.fromkeys(how.banned_ids, float("-inf"))
         return params
 
-    def log_probs(self, ids: Sequence[int]) -> list[float]:
-        """Log-prob of each id but the first; computed anew, never from kept keys and values."""
+    def log_probs(self, ids: Sequence[int], pictures: Sequence[int]) -> list[float]:
+        """Log-prob of each id but the first, placeholders expanded; never from kept keys and values."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-        out = self.llm.generate(
-            [{"prompt_token_ids": list(ids)}], params, use_tqdm=False, lora_request=self.adapter
-        )[0]
+        prompt = self._prompt(ids, pictures)
+        out = self.llm.generate([prompt], params, use_tqdm=False, lora_request=self.adapter)[0]
         return _flat(out.prompt_logprobs)[1:]
 
     def load(self, folder: str) -> None:
@@ -108,13 +121,15 @@ class Core:
         self.forget()
 
     def forget(self) -> None:
-        """Drop all turns, and all keys and values that were kept for later prompts."""
+        """Drop all turns and pictures, and all that was computed and kept for later prompts."""
         engine = self.llm.llm_engine
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
         while engine.has_unfinished_requests():
             engine.step()
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not let go of keys and values of older weights")
+        engine.reset_encoder_cache()  # what older weights made of pictures
+        self.images = {}
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
         """A method of vLLM's workers."""
@@ -126,7 +141,7 @@ def _done(out: Any) -> Done:
     (sampled,) = out.outputs
     if sampled.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended a turn with {sampled.finish_reason!r}")
-    return out.request_id, list(sampled.token_ids), _flat(sampled.logprobs)
+    return out.request_id, list(sampled.token_ids), _flat(sampled.logprobs), list(out.prompt_token_ids)
 
 
 def _flat(logprobs: Any) -> list[float]:

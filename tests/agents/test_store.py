@@ -67,7 +67,7 @@ def test_round_trip(parts: list, text: str, reward: float, known: bool) -> None:
         if ledger.segments[-1].ids:
             ledger.act([i for i, _ in drawn], [lp for _, lp in drawn], turn, turn)
         if turn == 1:
-            ledger.observe([1, 2], turn, privileged=True)
+            ledger.observe([1, 2], turn, privileged=range(2))
     t = Trajectory(
         "id\x00\ud800", 1, "eval", 3, 4, 5, ledger=ledger if known else None, reward=reward,
         messages=[{"role": "user", "content": text}, {"role": "tool", "name": "\ud800", "content": ""}],
