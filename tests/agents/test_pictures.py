@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -13,8 +15,12 @@ from PIL import Image
 from agents.chat import ChatFormat, ChatFormatError
 from agents.engines.base import SampleParams
 from agents.engines.hf import HFEngine
+from agents.forward import Convention
+from agents.imitate import Conversation, batch_of, record
+from agents.learner import LMLearner
 from agents.ledger import Ledger
-from agents.pictures import Picture, PictureError, PictureFormat, placed, runs
+from agents.pictures import Picture, PictureError, placed, runs
+from policy_opt.need import LogProb, Need
 from tests.agents.seeing import KINDS, picture_format, processor_of, scene, seeing_model, seeing_tokenizer
 
 torch.set_num_threads(1)
@@ -53,7 +59,9 @@ def engine_of(chat: ChatFormat, model: Any, **options: Any) -> HFEngine:
     )
 
 
-def plain(model: Any, chat: ChatFormat, ids: list[int], pictures: list[Picture]) -> torch.Tensor:
+def plain(
+    model: Any, chat: ChatFormat, ids: list[int], pictures: list[Picture], grad: bool = False
+) -> torch.Tensor:
     """Log-prob of each token but the first, by the model's own forward over the whole row."""
     row = torch.tensor([ids])
     more: dict[str, Any] = {}
@@ -64,9 +72,11 @@ def plain(model: Any, chat: ChatFormat, ids: list[int], pictures: list[Picture])
             "mm_token_type_ids": (row == chat.pictures.pad_id).int(),
         }
     model.base_model.rope_deltas = None  # what an earlier call left
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         logits_TV = model(input_ids=row, use_cache=False, **more).logits[0, :-1]
-    logits_TV[:, list(chat.banned_ids)] = float("-inf")
+    banned = torch.zeros(logits_TV.shape[-1], dtype=torch.bool)
+    banned[list(chat.banned_ids)] = True
+    logits_TV = logits_TV.masked_fill(banned, float("-inf"))
     return logits_TV.log_softmax(-1).gather(-1, row[0, 1:, None])[:, 0]
 
 
@@ -105,3 +115,141 @@ def test_engine_turns(chat: ChatFormat, model: Any) -> None:
         assert mask.sum() >= 3
     assert gap < 1e-6, gap
     assert ledgers[0].segments[0].logp != ledgers[2].segments[0].logp
+
+
+# -------------------------------------------------------------------------------------------- learner
+
+
+LOGP = Need("logp_BT", LogProb(), when="loss")
+
+
+def ledgers_of(chat: ChatFormat, rows: list[list[dict[str, Any]]]) -> list[Ledger]:
+    return [record(chat, Conversation(tuple(messages))) for messages in rows]
+
+
+def talk(*first: Any, said: tuple[str, ...] = ("yes", "no"), then: Any = "more") -> list[dict[str, Any]]:
+    middle = shows(then) if isinstance(then, str) else shows("see", then, role="tool")
+    return [shows(*first), {"role": "assistant", "content": said[0]}, middle,
+            {"role": "assistant", "content": said[1]}]  # fmt: skip
+
+
+def some_rows() -> list[list[dict[str, Any]]]:
+    red, blue, wide = scene("red"), scene("blue"), scene("green", 100, 40)
+    return [
+        talk("look at this: ", red, " which colour?", said=("red", "yes indeed"), then=blue),
+        talk("look at this: ", red, " which colour?", said=("blue", "well"), then=red),
+        talk("look at this: ", red, " which colour?", said=("reddish", "x")),
+        talk("look at this: ", blue, " which colour?", said=("green", "brown fox")),
+        talk("no picture here, only words"),
+        talk(wide, blue, "two", said=("I see two", "so")),
+    ]
+
+
+@pytest.mark.parametrize(("packing", "share"), [("never", False), ("never", True), ("always", True)])
+def test_every_layout_gives_the_models_own_log_probs_and_gradient(
+    chat: ChatFormat, model: Any, packing: Any, share: bool
+) -> None:
+    ledgers = ledgers_of(chat, some_rows())
+    b = batch_of(ledgers)
+    weight_BT = torch.rand(b.B, b.T, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * b.mask_BT
+    one = copy.deepcopy(model)
+    learner = LMLearner(one, convention=Convention(1.0, tuple(chat.banned_ids)), packing=packing, share=share,
+                        micro_tokens=160)  # fmt: skip
+    streams = learner.backward(b, [LOGP], lambda rows, live: {"logp_BT": -weight_BT[rows]})
+    got = {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}
+    one.zero_grad()
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, ledger in enumerate(ledgers):
+        ids = ledger.segments[0].ids
+        with torch.enable_grad():
+            want = plain(one, chat, ids, ledger.shown(), grad=True)
+            mask = b.mask_BT[row, 1 : len(ids)]
+            assert (streams["logp_BT"][row, 1 : len(ids)] - want.detach())[mask].abs().max() < 1e-6
+            loss = loss - (want * weight_BT[row, 1 : len(ids)])[mask].sum()
+    loss.backward()
+    scale = max(float(p.grad.abs().max()) for p in one.parameters() if p.grad is not None)
+    assert any("visual" in name and float(g.abs().max()) > 1e-3 * scale for name, g in got.items())
+    for name, p in one.named_parameters():
+        if p.grad is not None:
+            assert (got[name] - p.grad).abs().max() < 1e-6 * scale, name
+
+
+def test_the_tower_sees_a_picture_once_per_micro_batch(chat: ChatFormat, model: Any) -> None:
+    rows = [talk("look: ", scene("red"), said=(word, "end")) for word in ("red", "blue", "green", "fox")]
+    b = batch_of(ledgers_of(chat, rows))
+    assert len(b.media) == 2
+    seen: list[int] = []
+    hook = model.base_model.visual.register_forward_pre_hook(lambda m, a, k: seen.append(len(a[0])), with_kwargs=True)
+    LMLearner(model, convention=Convention(1.0, tuple(chat.banned_ids))).score(b, [LOGP])
+    hook.remove()
+    assert seen == [16]
+
+
+# -------------------------------------------------------------------------------------------- placeholders
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_ids_spans_and_pictures_agree(data: st.DataObject) -> None:
+    """Any mix of texts and images, forged placeholders in the texts included."""
+    chat = shared_chat()
+    word = st.sampled_from(["a", "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>", "two words", ""])
+    image = st.builds(scene, st.sampled_from(["red", "blue"]), st.integers(20, 120), st.integers(20, 120))
+    message = st.lists(word | image, min_size=1, max_size=4)
+    turns = data.draw(st.lists(message, min_size=1, max_size=3))
+    ledger, history = Ledger(), []
+    for turn, content in enumerate(turns):
+        new = [shows(*content, role="user" if turn == 0 else "tool")]
+        ids = chat.opening(new) if turn == 0 else chat.continuation(new, history=history)
+        ledger.observe(ids, turn, pictures=chat.shown(ids, new))
+        ledger.act([5, chat.stop_ids[0]], [-1.0, -1.0], turn, 0)
+        history += [*new, {"role": "assistant", "content": "x"}]
+    segment, pad = ledger.segments[0], chat.pictures.pad_id
+    images = [part for content in turns for part in content if isinstance(part, Image.Image)]
+    assert [s.length for s in segment.spans] == [chat.pictures.read(i).length for i in images]
+    assert [(s.start, s.length) for s in segment.spans] == runs(segment.ids, pad)
+    assert [p.key for p in ledger.shown()] == [chat.pictures.read(i).key for i in images]
+    assert segment.ids.count(pad) == sum(s.length for s in segment.spans)
+    folded = chat.pictures.folded(segment.ids)
+    assert folded.count(pad) == len(images) and len(folded) == len(segment.ids) - sum(
+        s.length - 1 for s in segment.spans
+    )
+    assert {pad, chat.pictures.start_id, chat.pictures.end_id} <= set(chat.banned_ids)
+
+
+@functools.cache
+def shared_chat() -> ChatFormat:
+    tokenizer = seeing_tokenizer()
+    return ChatFormat(tokenizer, pictures=picture_format(seeing_model("qwen3_vl", tokenizer), "qwen3_vl"))
+
+
+@pytest.mark.parametrize("size", [(56, 56), (57, 31), (20, 200), (640, 480), (3, 3), (1000, 6)])
+def test_resized_as_the_processor_would(kind: str, model: Any, size: tuple[int, int]) -> None:
+    image = scene("red", *size)
+    picture = picture_format(model, kind).read(image)
+    want = processor_of(kind)(images=[image], return_tensors="pt")
+    assert torch.equal(picture.patches_PD, want["pixel_values"].float())
+    assert list(picture.grid) == want["image_grid_thw"][0].tolist()
+    again = picture_format(model, kind).read(picture.image)
+    assert again.key == picture.key and torch.equal(again.patches_PD, picture.patches_PD)
+    back = Picture.from_state(picture.state_dict())
+    assert back.image.tobytes() == picture.image.tobytes() and back.grid == picture.grid
+
+
+def test_what_is_no_picture(chat: ChatFormat) -> None:
+    for image, why in ((None, "NoneType"), (b"x", "bytes"), (Image.new("RGB", (4000, 2)), "aspect ratio")):
+        with pytest.raises(ChatFormatError, match=why):
+            chat.opening([shows("a", image)])
+    with pytest.raises(PictureError, match=r"\[3\] tokens .* \[\]"):
+        placed([1, 2, 2, 2], [], 2)
+    blind = ChatFormat(chat.tokenizer)
+    with pytest.raises(ChatFormatError, match="reads text only"):
+        blind.opening([shows("a", scene("red"))])
+    with pytest.raises(ChatFormatError, match="'audio'"):
+        chat.opening([{"role": "user", "content": [{"type": "audio"}]}])
+
+
+def test_a_template_that_drops_images_is_found_out(chat: ChatFormat) -> None:
+    messages = [shows("a", scene("red"))]
+    with pytest.raises(ChatFormatError, match="drops or repeats images"):
+        chat.shown(chat.opening([shows("a")]), messages)
