@@ -227,14 +227,16 @@ class ChatEnv(gymnasium.Env[dict[str, Any], str]):
         if len(action) > self.max_chars:
             episode.messages.append({"role": "assistant", "content": encodable(str(action[: self.max_chars]))})
             return self._over((), TOO_LONG, terminated=False)
-        text = str(action) if action.isascii() else encodable(str(action))
+        text = action if type(action) is str else str(action)
+        if not text.isascii():
+            text = encodable(text)
         messages, results = episode.messages, episode.results
         messages.append({"role": "assistant", "content": text})
         turn = self.call_format.parse(text)
         ran = len(results)
         reply = self.reply(turn)
         for message in reply.messages:  # what is handed out belongs to the caller
-            messages.append(message.copy() if type(message.get("content")) is str else copied(message))
+            messages.append(message.copy() if type(message["content"]) is str else copied(message))
         if reply.done:
             episode.final = turn.content
             return self._over(reply.messages, ANSWERED, terminated=True, ran=ran)

@@ -45,7 +45,7 @@ def parts_of(value: Any) -> list[Any] | None:
     for part in parts:
         if not isinstance(part, str) and not is_image(part):
             raise TypeError(f"a tool returns texts and images in a list, no {type(part).__name__}")
-    return [rgb(part) if is_image(part) else part for part in parts]
+    return [rgb(part) if is_image(part) else part for part in parts if part != ""]
 
 
 def check_size(width: int, height: int) -> None:
