@@ -2,7 +2,8 @@
 
 Every line holds the conversation (`messages`), the turns, the verdict, the ids of the episode, what the
 writer said of it (`step`, ...), and, unless --no-tokens is given, `segments` with token ids, mask,
-log-probs, versions and the per-token columns that were stored.
+log-probs, versions and the per-token columns that were stored. An image of a message is named:
+`{"png": NAME, "width": ..., "height": ...}` is the file `images/NAME.png` beside the stored episodes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def open_store(run: Path) -> TrajectoryReader:
     """The episodes of a run folder; UsageError where there are none."""
     folder = run / "trajectories" if (run / "trajectories").is_dir() else run
     try:
-        return TrajectoryReader(folder)
+        return TrajectoryReader(folder, images=False)
     except StoreError as error:
         raise UsageError(str(error)) from error
 

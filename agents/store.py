@@ -2,6 +2,7 @@
 
     episodes.bin    "PALT" u32 version, then records: u32 length, u32 CRC-32 of the payload, payload
     episodes.idx    u64 offset of each record in episodes.bin
+    images/         the images of messages, each once, as PNG files named by a hash of their pixels
 
 A payload is a zlib-packed JSON head (conversation, turns, verdict, ids of the episode; runs of turn and
 version numbers) followed by the arrays of each segment: token ids in 2 or 4 bytes, the mask in bits, float32
@@ -18,7 +19,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
@@ -28,9 +29,11 @@ import numpy as np
 
 from agents.engines.base import SampleParams
 from agents.ledger import Ledger, Segment, Span
+from agents.stored_images import IMAGES, ImageFiles, StoreError, restored, stored
 from agents.trajectory import Trajectory, TurnInfo
 from envs import Verdict
 
+__all__ = ["DATA", "INDEX", "StoreError", "Stored", "TrajectoryReader", "TrajectoryWriter"]
 DATA, INDEX = "episodes.bin", "episodes.idx"
 _MAGIC, _VERSION = b"PALT", 1
 _START = struct.Struct("<4sI")
@@ -38,10 +41,6 @@ _RECORD = struct.Struct("<II")
 _HEAD = struct.Struct("<II")  # packed and unpacked bytes of the JSON head
 _OFFSET = struct.Struct("<Q")
 _LARGEST = 1 << 28  # bytes of a record, packed or not: beyond that a file is not believed
-
-
-class StoreError(ValueError):
-    """A file that is no store, or a record that cannot be read; the message names it."""
 
 
 Columns = Mapping[str, Sequence[Any]]
@@ -80,6 +79,7 @@ class TrajectoryWriter:
             offsets, end = _scan(data, _indexed(index))
         self.cut = size - end
         self._count, self._end = len(offsets), end
+        self._images = ImageFiles(path / IMAGES)
         self._data, self._index = data.open("r+b"), index.open("wb")
         self._data.truncate(end)
         self._data.seek(end)
@@ -98,7 +98,7 @@ class TrajectoryWriter:
             ValueError: a column does not fit the segments. OSError: the disk is full; the file stays
                 readable.
         """
-        payload = pack(trajectory, columns or {}, extra)
+        payload = pack(trajectory, columns or {}, extra, self._images.keep)
         record = _RECORD.pack(len(payload), zlib.crc32(payload)) + payload
         try:
             self._data.write(record)
@@ -135,6 +135,10 @@ class TrajectoryWriter:
 class TrajectoryReader(Sequence[Trajectory]):
     """The episodes of a folder by number, also while a writer goes on (as they were when it was opened).
 
+    Args:
+        folder: what the writer was given.
+        images: whether messages get their images back; else their parts keep the name and the size of the file.
+
     Attributes:
         dropped: 1 if the last record is torn and left out, else 0.
         dropped_bytes: its size.
@@ -143,8 +147,10 @@ class TrajectoryReader(Sequence[Trajectory]):
         StoreError: the folder holds no store.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, images: bool = True) -> None:
         self._path = Path(folder) / DATA
+        self._images = ImageFiles(Path(folder) / IMAGES)
+        self._restore = images
         if not self._path.is_file():
             raise StoreError(f"{folder} holds no stored episodes ({DATA} is missing)")
         self._offsets, end = _scan(self._path, _indexed(Path(folder) / INDEX))
@@ -163,7 +169,7 @@ class TrajectoryReader(Sequence[Trajectory]):
         """Record i with its columns and extras.
 
         Raises:
-            IndexError: there is none. StoreError: it is damaged.
+            IndexError: there is none. StoreError: it is damaged, or an image of it is missing.
         """
         offset = self._offsets[i]
         with self._path.open("rb") as file:
@@ -173,9 +179,19 @@ class TrajectoryReader(Sequence[Trajectory]):
         if zlib.crc32(payload) != crc:
             raise StoreError(f"record {i} of {self._path} is damaged: its checksum does not match")
         try:
-            return unpack(payload)
-        except (ValueError, KeyError, TypeError, IndexError, struct.error, zlib.error) as error:
+            record = unpack(payload)
+            if self._restore:
+                record.trajectory.messages = self.with_images(record.trajectory.messages)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, zlib.error) as error:
             raise StoreError(f"record {i} of {self._path} cannot be read: {error}") from error
+        return record
+
+    def with_images(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as they are stored with their images in place.
+
+        Raises StoreError for an image whose file is missing, damaged, or named as none of this store is.
+        """
+        return [restored(message, self._images.load) for message in messages]
 
     def records(self) -> Iterator[Stored]:
         """All records in order."""
@@ -231,11 +247,15 @@ def _sound(file: Any, offset: int) -> bool:
 # ---------------------------------------------------------------------------------------------- payload
 
 
-def pack(trajectory: Trajectory, columns: Columns, extra: Mapping[str, Any]) -> bytes:
-    """An episode as the payload of a record."""
+def pack(
+    trajectory: Trajectory, columns: Columns, extra: Mapping[str, Any], keep: Callable[[Any], str] | None = None
+) -> bytes:
+    """An episode as the payload of a record. `keep` keeps an image and says its name; without it sizes remain."""
     segments = trajectory.ledger.segments if trajectory.ledger is not None else []
     skipped = ("ledger", "turns", "verdict", "sampler")
     head = {f.name: getattr(trajectory, f.name) for f in fields(Trajectory) if f.name not in skipped}
+    if keep is not None:
+        head["messages"] = [stored(message, keep) for message in trajectory.messages]
     head |= {
         "turns": [asdict(turn) for turn in trajectory.turns],
         "verdict": None if trajectory.verdict is None else _verdict(trajectory.verdict),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from agents import export
 from agents.cli import UsageError
 from agents.engines.base import SampleParams
 from agents.ledger import Ledger
 from agents.store import DATA, INDEX, StoreError, TrajectoryReader, TrajectoryWriter, pack, unpack
+from agents.stored_images import IMAGES
 from agents.trajectory import Trajectory, TurnInfo
 from envs import Verdict
+from tests.tools.picture_tools import pattern
 
 
 def episode(tokens: int = 600, turns: int = 6, seed: int = 0, vocabulary: int = 150_000) -> Trajectory:
@@ -203,6 +207,125 @@ def test_a_full_disk_leaves_a_readable_file(three: Path, monkeypatch: pytest.Mon
     assert [t.task_index for t in TrajectoryReader(three)] == [0, 1, 2, 4]
 
 
+def with_images(*images: Any, seed: int = 0) -> Trajectory:
+    """An episode that shows images in its first message and in a tool's."""
+    t = episode(60, seed=seed)
+    parts = [{"type": "text", "text": "look"}, *({"type": "image", "image": image} for image in images)]
+    t.messages = [{"role": "user", "content": parts}, *t.messages, {"role": "tool", "name": "f", "content": parts[:2]}]
+    return t
+
+
+def files(store: Path) -> list[str]:
+    return sorted(path.name for path in (store / IMAGES).iterdir())
+
+
+@settings(max_examples=40, deadline=None)
+@given(modes=st.lists(st.sampled_from(["1", "L", "LA", "RGB", "RGBA", "I;16"]), min_size=1, max_size=4),
+       width=st.integers(1, 40), height=st.integers(1, 40))  # fmt: skip
+def test_images_come_back_equal_to_the_pixel(tmp_path_factory, modes, width, height) -> None:
+    store = tmp_path_factory.mktemp("store")
+    t = with_images(*(pattern(mode, width, height) for mode in modes))
+    with TrajectoryWriter(store) as writer:
+        writer.append(t)
+    same(TrajectoryReader(store)[0], t)
+    assert len(files(store)) == len(set(modes)) and all(name.endswith(".png") for name in files(store))
+
+
+@pytest.mark.parametrize("mode", ["P", "PA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16B"])
+def test_modes_that_png_lacks_come_back_as_what_they_show(mode: str, tmp_path: Path) -> None:
+    image = pattern(mode)
+    with TrajectoryWriter(tmp_path) as writer:
+        writer.append(with_images(image))
+    back = TrajectoryReader(tmp_path)[0].messages[0]["content"][1]["image"]
+    shown = image if mode != "La" else image.convert("LA")
+    assert back.mode in ("RGB", "RGBA", "LA") and back.convert("RGB").tobytes() == shown.convert("RGB").tobytes()
+
+
+def test_an_image_is_written_once_whoever_shows_it(tmp_path: Path) -> None:
+    for step in range(2):
+        with TrajectoryWriter(tmp_path) as writer:
+            for member in range(4):
+                noted = pattern("RGB")
+                noted.info["comment"] = f"{step}{member}"  # notes are no pixels
+                writer.append(with_images(noted, pattern("L"), seed=member))
+        (tmp_path / IMAGES / files(tmp_path)[0]).touch()
+        assert len(files(tmp_path)) == 2
+    reader = TrajectoryReader(tmp_path)
+    one, other = (reader[i].messages[0]["content"][1]["image"] for i in (0, 7))
+    assert one == pattern("RGB") and type(one) is Image.Image and one == other
+    kept = [t.messages for t in reader]
+    assert kept[0][0]["content"][1]["image"] is kept[7][0]["content"][1]["image"]  # those who hold it share it
+    before = {name: (tmp_path / IMAGES / name).stat().st_mtime_ns for name in files(tmp_path)}
+    with TrajectoryWriter(tmp_path) as writer:
+        writer.append(with_images(pattern("L")))
+    assert before == {name: (tmp_path / IMAGES / name).stat().st_mtime_ns for name in files(tmp_path)}
+
+
+def test_without_images_a_reader_names_the_files(tmp_path: Path) -> None:
+    with TrajectoryWriter(tmp_path) as writer:
+        writer.append(with_images(pattern("RGB")))
+    reader = TrajectoryReader(tmp_path, images=False)
+    part = reader[0].messages[0]["content"][1]
+    assert part == {"type": "image", "image": {"png": files(tmp_path)[0][:-4], "width": 7, "height": 5}}
+    assert reader.with_images(reader[0].messages)[0]["content"][1]["image"] == pattern("RGB")
+
+
+def test_a_missing_or_damaged_image_is_named(tmp_path: Path) -> None:
+    with TrajectoryWriter(tmp_path) as writer:
+        writer.append(with_images(pattern("RGB", 30, 30)))
+        writer.append(episode(60, seed=1))
+    (name,) = files(tmp_path)
+    file = tmp_path / IMAGES / name
+    whole = file.read_bytes()
+    other = tmp_path / "other.png"
+    pattern("L", 30, 30).save(other)
+    for damaged in (whole[:-40], whole[:90] + b"\x00" * 9 + whole[99:], b"", b"GIF89a", other.read_bytes()):
+        file.write_bytes(damaged)
+        with pytest.raises(StoreError, match=name):
+            TrajectoryReader(tmp_path)[0]
+    file.unlink()
+    with pytest.raises(StoreError, match=f"{name} is missing"):
+        TrajectoryReader(tmp_path)[0]
+    assert TrajectoryReader(tmp_path)[1].task_index == 1
+    assert TrajectoryReader(tmp_path, images=False)[0].messages[0]["content"][1]["image"]["width"] == 30
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "a" * 31, "A" * 32, "a" * 32 + "/..", 7, None, ""])
+def test_names_that_no_image_has_are_refused(name: Any, tmp_path: Path) -> None:
+    t = episode(60)
+    t.messages = [{"role": "user", "content": [{"type": "image", "image": {"png": name, "width": 1, "height": 1}}]}]
+    with TrajectoryWriter(tmp_path) as writer:
+        writer.append(t)
+    with pytest.raises(StoreError, match="names no stored image"):
+        TrajectoryReader(tmp_path)[0]
+
+
+def test_a_store_of_old_that_kept_sizes_only_is_read(tmp_path: Path) -> None:
+    t = with_images(pattern("RGB"))
+    payload = pack(t, {}, {})  # what was written before there were image files
+    with TrajectoryWriter(tmp_path) as writer:
+        writer.append(episode(60))
+    with (tmp_path / DATA).open("ab") as data:
+        data.write(len(payload).to_bytes(4, "little") + zlib.crc32(payload).to_bytes(4, "little") + payload)
+    back = TrajectoryReader(tmp_path)[1]
+    assert back.messages[0]["content"][1] == {"type": "image", "image": {"width": 7, "height": 5}}
+    assert not (tmp_path / IMAGES).exists()
+
+
+def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Image.Image, file: Path, kind: str) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with TrajectoryWriter(tmp_path) as writer:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(Image.Image, "save", full)
+            writer.append(with_images(pattern("RGB")))
+        assert files(tmp_path) == [] and len(writer) == 0
+        writer.append(with_images(pattern("RGB")))
+    same(TrajectoryReader(tmp_path)[0], with_images(pattern("RGB")))
+
+
 def test_columns_must_fit() -> None:
     with pytest.raises(ValueError, match="column adv has 3 entries for a segment of 60"):
         pack(episode(60), {"adv": [[1, 2, 3]]}, {})
@@ -225,3 +348,12 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         export.main([str(tmp_path / "nowhere")])
     with pytest.raises(UsageError, match="cannot write"):
         export.main([str(tmp_path), "--out", str(tmp_path / "no" / "such")])
+
+
+def test_export_names_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TrajectoryWriter(tmp_path / "trajectories") as writer:
+        writer.append(with_images(pattern("RGB")))
+    assert export.main([str(tmp_path)]) == 0
+    image = json.loads(capsys.readouterr().out)["messages"][0]["content"][1]["image"]
+    with Image.open(tmp_path / "trajectories" / IMAGES / f"{image['png']}.png") as file:
+        assert file.size == (image["width"], image["height"]) == (7, 5) and file.tobytes() == pattern("RGB").tobytes()
