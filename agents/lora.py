@@ -32,10 +32,10 @@ def adapt(model: Any, config: LoraConfig, seed: int) -> None:
     Raises UsageError where peft is missing or a target is no linear layer of the model.
     """
     peft = _import_peft()
-    targets, heads = _targets(model, config.targets)
+    targets, plain = _targets(model, config.targets)
     wanted = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha if config.alpha is not None else 2 * config.rank,
-        target_modules=targets, exclude_modules=heads or None, task_type="CAUSAL_LM",
+        target_modules=targets, exclude_modules=plain or None, task_type="CAUSAL_LM",
     )  # fmt: skip
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):  # peft draws from the global generators
@@ -60,13 +60,19 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _targets(model: Any, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Last names of the layers that get adapters, and the full names of heads, which get none."""
+    """Last names of the layers that get adapters, and the full names of those that get none.
+
+    These are heads, and the layers of a vision tower, to which vLLM takes no adapters.
+    """
     from transformers.pytorch_utils import Conv1D
+
+    from agents.critic import decoder_of  # which imports this module
 
     linear = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     head = model.get_output_embeddings()
     heads = [name for name, module in model.named_modules() if module is head]
-    known = sorted({name.rpartition(".")[2] for name in linear.difference(heads)})
+    tower = linear.difference(heads, _within(model, decoder_of(model)))
+    known = sorted({name.rpartition(".")[2] for name in linear.difference(heads, tower)})
     for name in wanted:
         if name in {head.rpartition(".")[2] for head in heads}:
             raise UsageError(f"--lora.targets {name}: the language-model head gets no adapter")
@@ -75,7 +81,13 @@ def _targets(model: Any, wanted: tuple[str, ...]) -> tuple[list[str], list[str]]
                 f"--lora.targets: no linear layer is called `{name}`{nearest(name, known)}; "
                 f"there are: {', '.join(known)}"
             )
-    return sorted(wanted or known), heads
+    return sorted(wanted or known), [*heads, *sorted(tower)]
+
+
+def _within(model: Any, part: nn.Module) -> set[str]:
+    """Names of the modules of a part of the model."""
+    inside = set(map(id, part.modules()))
+    return {name for name, module in model.named_modules() if id(module) in inside}
 
 
 def _import_peft() -> Any:

@@ -1,7 +1,7 @@
 """`python -m agents.serve --model MODEL --port 8001`: a vLLM server that `--vllm.servers` can use.
 
 Starts vLLM's OpenAI-compatible server with what training needs: log-probs after bans and temperature, routes that take
-weights, room for adapters. A model whose head is tied to its embeddings is written out with a head of its own first,
+weights, room for adapters, and of a model that reads pictures the route that takes these beside token ids. A model whose head is tied to its embeddings is written out with a head of its own first,
 because vLLM keeps a tied head's old matrix when weights are reloaded. The command is printed, so that it can be
 adapted; everything after `--` is handed on to vLLM.
 """
@@ -9,6 +9,7 @@ adapted; everything after `--` is handed on to vLLM.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import sys
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 from agents import cli
 from agents.cli import Count, Fraction, Natural, UsageError
+from agents.engines.vllm import most_pictures
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     gpu = torch.cuda.is_available()
-    place, context = prepare(command)
-    variables, arguments = line(command, place, context, gpu, more)
+    place, context, sees = prepare(command)
+    variables, arguments = line(command, place, context, sees, gpu, more)
     print(" ".join([*(f"{k}={v}" for k, v in variables.items()), "python", *map(shlex.quote, arguments)]), flush=True)
     if not command.print_only:
         os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **variables})
@@ -73,30 +75,37 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:at]), list(argv[at + 1 :])
 
 
-def prepare(command: ServeCommand) -> tuple[str, int]:
-    """What vLLM should open, and the tokens per episode; writes a model whose head is tied, or that is ours."""
+def prepare(command: ServeCommand) -> tuple[str, int, bool]:
+    """What vLLM should open, the tokens per episode, and whether it reads pictures.
+
+    Writes a model whose head is tied, or that is ours.
+    """
     from transformers import AutoConfig
 
-    from agents.models import DTYPES, is_tiny, load_model, locate
+    from agents.models import DTYPES, chat_of, is_tiny, load_model, locate
     from agents.sync import write_model
 
     place = locate(command.model)
-    config = AutoConfig.from_pretrained(place).get_text_config() if place is not None else None
+    config = AutoConfig.from_pretrained(place) if place is not None else None
     model: Any = None
-    if config is None or config.tie_word_embeddings:
+    if config is None or config.tie_word_embeddings or config.get_text_config().tie_word_embeddings:
         model, tokenizer = load_model(command.model)
         folder = Path(command.folder or tempfile.mkdtemp(prefix="palaestra-serve-"))
         write_model(model, folder, DTYPES[command.dtype])
         tokenizer.save_pretrained(folder)
-        place, config = str(folder), model.config.get_text_config()
+        pictures = chat_of(model, tokenizer).pictures
+        if pictures is not None:
+            pictures.save(folder)
+        place, config = str(folder), model.config
     assert place is not None
-    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     tiny = model is not None and is_tiny(model)
-    return place, command.max_context or min(512 if tiny else 4096, positions)
+    sees = getattr(config, "vision_config", None) is not None
+    return place, command.max_context or min(512 if tiny else 4096, positions), sees
 
 
 def line(
-    command: ServeCommand, place: str, context: int, gpu: bool, more: Sequence[str]
+    command: ServeCommand, place: str, context: int, sees: bool, gpu: bool, more: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Environment variables and arguments of the server."""
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -111,6 +120,8 @@ def line(
         room = max(8, 1 << (command.lora_rank - 1).bit_length())  # a power of two, as vLLM wants it
         variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(room)]
+    if sees:
+        arguments += ["--enable-scale-out", "--limit-mm-per-prompt", json.dumps(most_pictures(context))]
     if gpu:
         arguments += ["--gpu-memory-utilization", str(command.memory)]
     else:

@@ -171,12 +171,17 @@ class Server:
 
     # ------------------------------------------------------------------ weights
 
-    def load_weights(self, folder: str, label: str) -> None:
-        """Take over the weights of a model folder that the server sees, too, and forget what was computed before."""
+    def load_weights(self, folder: str, label: str, pictures: bool = False) -> None:
+        """Take over the weights of a model folder that the server sees, too, and forget what was computed before.
+
+        pictures: also what was made of pictures.
+        """
         self.order("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         emptied = self.order("/reset_prefix_cache", {})
         if not (isinstance(emptied, Mapping) and emptied.get("success")):
             raise EngineFailure(f"the server {self.url} is at work for somebody else: a run needs it alone")
+        if pictures:
+            self.order("/reset_encoder_cache", {}, plain=True)
         self.label = label if self.knows("/update_weight_version") else None
         if self.label is not None:
             self.order("/update_weight_version", {"new_version": label})

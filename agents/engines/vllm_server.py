@@ -8,18 +8,23 @@ Log-probs are those of the softmax after bans and temperature, which is what `--
 makes a server give; that it does is tried at the start. Bans are a bias of -100, the least that the protocol knows:
 such an id is drawn once in e^100 tokens. What is sampled can depend on what else is in a server's batch, by rounding.
 
+Rows with pictures go through vLLM's own route for token ids (`/inference/v1/generate`), which takes images along; the
+server expands their placeholders and must come to the row's ids.
+
 Weights travel as files in a folder that the servers see, too (`--vllm.exchange`): a whole model, or of a policy with
 adapters the base model once and then only adapters. `agents.sync` verifies that they arrived.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import shutil
 import tempfile
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 from agents import lora
 from agents.cli import UsageError
@@ -34,7 +40,8 @@ from agents.config import VllmConfig
 from agents.dist import World
 from agents.engines.base import EngineFailure, Key, Sampled, SampleParams, stream
 from agents.engines.server import HOW, Lost, Server, Unreadable
-from agents.engines.vllm import refuse_cold
+from agents.engines.vllm import check_expansion, check_pictures, folded, refuse_cold
+from agents.pictures import Picture, PictureFormat
 from agents.sync import write_model
 from policy_opt.protocols import Sampler
 
@@ -43,6 +50,8 @@ Carries = Literal["weights", "adapters", "nothing"]
 MOST_BANNED = 1024
 """Ids that vLLM can bias per request on a GPU."""
 _BAN = -100.0
+_COMPLETE = "/v1/completions"
+_GENERATE = "/inference/v1/generate"
 
 
 @dataclass(eq=False)
@@ -51,8 +60,22 @@ class _Row:
 
     key: Key
     ids: list[int] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    """Those whose placeholders stand in `ids`, in order."""
     turn: Future | None = None
     """The turn under way; None between turns."""
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What a request is about."""
+
+    key: Key
+    """The row."""
+    ids: tuple[int, ...]
+    """All of it so far, placeholders expanded."""
+    pictures: tuple[Picture, ...] = ()
+    """Those whose placeholders stand in `ids`, in order."""
 
 
 class ServerEngine:
@@ -68,6 +91,7 @@ class ServerEngine:
         max_context: tokens per row at most; None: what the servers hold.
         dtype: that weights are written in.
         world: the run's processes; the main one delivers for all.
+        pictures: how the model reads pictures; None where rows have none.
 
     Attributes:
         hooks: sampler rules that it serves: none, because they change every token's temperature.
@@ -90,9 +114,11 @@ class ServerEngine:
         max_context: int | None = None,
         dtype: torch.dtype = torch.float32,
         world: World | None = None,
+        pictures: PictureFormat | None = None,
     ):
         if not stop_ids:
             raise ValueError("an engine needs at least one stop id, or no turn could end")
+        self.pictures = pictures
         self.params, self.rows, self.dtype, self.world = params or SampleParams(), rows, dtype, world or World()
         self.stop_ids, self.banned_ids, self.carries, self.version = tuple(stop_ids), tuple(banned_ids), carries, -1
         if len(self.banned_ids) > MOST_BANNED:
@@ -120,13 +146,21 @@ class ServerEngine:
     # ------------------------------------------------------------------ Engine
 
     def turn(
-        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+        self,
+        key: Key,
+        ids: Sequence[int],
+        seed: Key,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> None:
         """Feed ids to row `key`, then sample one turn; see `Engine.turn`.
 
         Raises:
             ValueError: the row is in the middle of a turn, or a new row is fed nothing, or a rule is asked for.
+            PictureError: the placeholders among the ids are not the pictures'.
         """
+        check_pictures(self.pictures, ids, pictures)
         row = self._open.setdefault(key, _Row(key))
         if row.turn is not None or row in self._full:
             raise ValueError(f"row {key} has not finished its turn")
@@ -135,6 +169,7 @@ class ServerEngine:
         if sampler is not None and sampler.hook is not None:
             raise ValueError(f"the engine vllm has no sampler rule `{sampler.hook}`")
         row.ids.extend(map(int, ids))
+        row.pictures.extend(pictures)
         budget = min(max_new_tokens, self.max_context - len(row.ids))
         if budget <= 0:
             self._full.append(row)
@@ -143,13 +178,15 @@ class ServerEngine:
         refuse_cold(temperature)
         number = int(stream(seed).generate_state(1, np.uint64)[0]) >> 1
         server = self.servers[key[0] % len(self.servers)]
-        row.turn = self._threads.submit(self._sample, server, tuple(row.ids), number, budget, temperature)
+        prompt = _Prompt(key, tuple(row.ids), tuple(row.pictures))
+        row.turn = self._threads.submit(self._sample, server, prompt, number, budget, temperature)
 
     def run(self) -> list[tuple[Key, Sampled]]:
         """Wait until at least one row finished its turn. Ordered by key; [] if none has a turn to finish.
 
         Raises:
-            EngineFailure: a server is gone, or came back without the weights it was given.
+            EngineFailure: a server is gone, or came back without the weights it was given, or expands a row's
+                pictures to other placeholders.
         """
         done: list[tuple[Key, Sampled]] = []
         if self._full:
@@ -179,43 +216,63 @@ class ServerEngine:
 
     # ------------------------------------------------------------------ one turn
 
-    def _sample(self, server: Server, ids: tuple[int, ...], seed: int, budget: int, temperature: float) -> Sampled:
+    def _sample(self, server: Server, prompt: _Prompt, seed: int, budget: int, temperature: float) -> Sampled:
         """One request; what could not be had from a living server is an outcome."""
-        body = self._request(self.adapter or server.model, ids, budget) | {
-            "seed": seed, "temperature": temperature, "top_p": self.params.top_p, "top_k": self.params.top_k,
-        }  # fmt: skip
-        reply = server.ask("/v1/completions", body, len(ids) + budget)
+        drawn = {"seed": seed, "temperature": temperature, "top_p": self.params.top_p, "top_k": self.params.top_k}
+        reply = self._ask(server, self.adapter or server.model, prompt, budget, drawn)
         if isinstance(reply, Lost):
             return Sampled((), (), reply.reason)
         try:
-            said, logps, ended = read(reply, budget, self.stop_ids)
+            said, logps, ended = self._read(reply, prompt, budget)
         except Unreadable:
             return Sampled((), (), "error:reply")
-        full = len(ids) + len(said) >= self.max_context
+        full = len(prompt.ids) + len(said) >= self.max_context
         return Sampled(said, logps, "stop" if ended else "context" if full else "length")
 
-    def _request(self, model: str, ids: Sequence[int], budget: int) -> dict[str, Any]:
-        """A completion of token ids in which nothing but our own settings counts."""
-        return {
-            "model": model, "prompt": list(ids), "max_tokens": budget, "logprobs": 0, "return_token_ids": True,
-            "stop_token_ids": list(self.stop_ids), "ignore_eos": True, "skip_special_tokens": False,
-            "add_special_tokens": False, "logit_bias": {str(i): _BAN for i in self.banned_ids} or None,
-            "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+    def _ask(self, server: Server, model: str, prompt: _Prompt, budget: int, drawn: Mapping[str, Any]) -> Any:
+        """Sample after a prompt; nothing but our own settings counts. `drawn`: how."""
+        how: dict[str, Any] = {
+            "max_tokens": budget, "logprobs": 0, "stop_token_ids": list(self.stop_ids), "ignore_eos": True,
+            "skip_special_tokens": False, "logit_bias": {str(i): _BAN for i in self.banned_ids} or None,
+            "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, **drawn,
         }  # fmt: skip
+        return self._post(server, model, prompt, how, budget)
+
+    def _post(self, server: Server, model: str, prompt: _Prompt, how: dict[str, Any], budget: int) -> Any:
+        """A request by the route that can take what the model reads."""
+        tokens = len(prompt.ids) + budget
+        if self.pictures is None:
+            body = {"model": model, "prompt": list(prompt.ids), "return_token_ids": True, "add_special_tokens": False}
+            return server.ask(_COMPLETE, body | how, tokens)
+        body = {
+            "model": model, "token_ids": list(folded(self.pictures, prompt.ids)), "return_token_ids": True,
+            "content_parts": [_part(picture) for picture in prompt.pictures] or None,
+            "sampling_params": how | {"detokenize": False},
+        }  # fmt: skip
+        return server.ask(_GENERATE, body, tokens)
+
+    def _read(self, reply: Any, prompt: _Prompt, budget: int) -> tuple[tuple[int, ...], tuple[float, ...], bool]:
+        """As `read`; EngineFailure where the server's prompt was another one than the row."""
+        if self.pictures is None:
+            return read(reply, budget, self.stop_ids)
+        fed, reply = _as_completion(reply)
+        check_expansion(prompt.key, prompt.ids, fed)
+        return read(reply, budget, self.stop_ids)
 
     def _try(self, server: Server) -> None:
         """UsageError where a server was not started for this, or does not give the log-probs that are needed."""
-        only = self.stop_ids[0]
-        body = self._request(server.model, [only], 1) | {"allowed_token_ids": [only], "temperature": 1.0}
+        only, prompt = self.stop_ids[0], self._trial()
+        drawn = {"allowed_token_ids": [only], "temperature": 1.0}
         try:
-            reply = server.ask("/v1/completions", body, 2)
+            reply = self._ask(server, server.model, prompt, 1, drawn)
             if isinstance(reply, Lost):
                 raise UsageError(f"{server.url} does not complete token ids ({reply.reason}); {HOW}")
-            said, logps, _ = read(reply, 1, self.stop_ids)
+            said, logps, _ = self._read(reply, prompt, 1)
         except Unreadable as error:
             raise UsageError(f"{server.url} does not return token ids and log-probs ({error}): is it vLLM?") from error
         except EngineFailure as error:
-            raise UsageError(str(error)) from error
+            more = "" if self.pictures is None else f". A run with pictures needs --enable-scale-out; {HOW}"
+            raise UsageError(f"{error}{more}") from error
         if said != (only,) or abs(logps[0]) > 1e-6:
             raise UsageError(
                 f"{server.url} gives log-probs from before bans and temperature: start it with "
@@ -228,6 +285,13 @@ class ServerEngine:
         for route, how in needed.items():
             if not server.knows(route):
                 raise UsageError(f"{server.url} takes no {self.carries}: start it with {how}; {HOW}")
+
+    def _trial(self) -> _Prompt:
+        """A stop id, after a picture where the model reads some."""
+        if self.pictures is None:
+            return _Prompt((), self.stop_ids[:1])
+        picture = self.pictures.read(Image.new("RGB", (self.pictures.side, self.pictures.side), "grey"))
+        return _Prompt((), (*self.pictures.ids(picture), self.stop_ids[0]), (picture,))
 
     # ------------------------------------------------------------------ Receiver
 
@@ -253,32 +317,36 @@ class ServerEngine:
         if self.carries == "adapters":
             if not self.adapter:  # what the adapters stand on, once
                 write_model(lora.without(model), folder / "base", self.dtype)
-                self._everywhere(lambda server: server.load_weights(str(folder / "base"), name))
+                self._load(folder / "base", name)
             lora.save(model, folder)
             self._everywhere(lambda server: server.load_adapter(str(folder), name, self.adapter))
         else:
             write_model(lora.merged(model) if lora.layers(model) else model, folder, self.dtype)
-            self._everywhere(lambda server: server.load_weights(str(folder), name))
+            self._load(folder, name)
         self.exchange.clear(folder)
         return name
+
+    def _load(self, folder: Path, name: str) -> None:
+        self._everywhere(lambda server: server.load_weights(str(folder), name, self.pictures is not None))
 
     def _everywhere(self, what: Callable[[Server], None]) -> None:
         for done in [self._threads.submit(what, server) for server in self.servers]:
             done.result()
 
-    def log_probs(self, ids: Sequence[int]) -> list[float]:
+    def log_probs(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> list[float]:
         """Log-prob of each id given those before it, all but the first, by every server in turn."""
-        return [logp for server in self.servers for logp in self._score(server, ids)]
+        check_pictures(self.pictures, ids, pictures)
+        prompt = _Prompt((), tuple(map(int, ids)), tuple(pictures))
+        return [logp for server in self.servers for logp in self._score(server, prompt)]
 
-    def _score(self, server: Server, ids: Sequence[int]) -> list[float]:
-        body = {
-            "model": self.adapter or server.model, "prompt": list(map(int, ids)), "max_tokens": 1,
-            "prompt_logprobs": 0, "add_special_tokens": False, "temperature": 1.0,
-        }  # fmt: skip
-        reply = server.ask("/v1/completions", body, len(ids))
+    def _score(self, server: Server, prompt: _Prompt) -> list[float]:
+        how = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+        reply = self._post(server, self.adapter or server.model, prompt, how, 0)
         try:
-            listed = reply["choices"][0]["prompt_logprobs"]
-            scored = [float(entry[str(int(i))]["logprob"]) for i, entry in zip(ids[1:], listed[1:], strict=True)]
+            listed = (reply["choices"][0] if self.pictures is None else reply)["prompt_logprobs"]
+            scored = [
+                float(entry[str(i)]["logprob"]) for i, entry in zip(prompt.ids[1:], listed[1:], strict=True)
+            ]  # fmt: skip
         except (KeyError, IndexError, TypeError, ValueError) as error:
             lost = reply.reason if isinstance(reply, Lost) else "error:reply"
             raise EngineFailure(f"the server {server.url} does not score the probe ({lost})") from error
@@ -338,6 +406,26 @@ def read(reply: Any, budget: int, stop_ids: Sequence[int]) -> tuple[tuple[int, .
     return tuple(ids), tuple(map(float, logps)), ended
 
 
+def _part(picture: Picture) -> dict[str, Any]:
+    """A picture as the server's route takes it, under its name."""
+    data = io.BytesIO()
+    picture.image.save(data, "PNG", compress_level=1)
+    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    return {"type": "image_url", "url": url, "uuid": str(picture.key)}
+
+
+def _as_completion(reply: Any) -> tuple[list[int], dict[str, Any]]:
+    """The prompt that the server saw, and its reply as a completion; Unreadable where it is none of ours."""
+    try:
+        choice = reply["choices"][0]
+        logps = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        fed = [int(i) for i in reply["prompt_token_ids"]]
+        completion = {"token_ids": choice["token_ids"], "logprobs": {"token_logprobs": logps}}
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise Unreadable("no prompt_token_ids, token_ids or logprobs") from error
+    return fed, {"choices": [completion]}
+
+
 def carries(settings: VllmConfig, model: Any) -> Carries:
     """What servers are to be given: whole weights, or adapters where the policy has some and they are not merged."""
     return "adapters" if lora.layers(model) and not settings.merge else "weights"
@@ -360,5 +448,3 @@ def refuse_server_options(settings: VllmConfig) -> None:
     for name in ("exchange", "timeout_s", "retries"):
         if getattr(settings, name) != getattr(default, name):
             raise UsageError(f"--vllm.{name.replace('_', '-')} is for servers: name some with --vllm.servers")
-
-

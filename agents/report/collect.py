@@ -13,6 +13,7 @@ from typing import Any
 from agents import stats
 from agents.doctor import diagnose
 from agents.report.episodes import BLOCK, Entry, Scales, TokenTable, clip, detail, fits, rounded, table_row
+from agents.report.gallery import Gallery
 from agents.report.render import Page
 from tools.calls import FORMATS, HERMES
 
@@ -77,7 +78,7 @@ def page(
     if tokenizer is not None and not fits(tokenizer, (entry.trajectory for entry in first)):
         tokenizer = None
         said.append("the tokenizer at hand is not the run's, so tokens are shown as ids")
-    tokens, scales = TokenTable(tokenizer), Scales()
+    tokens, scales, gallery = TokenTable(tokenizer), Scales(), Gallery()
     named = str(_find(run.config, "call_format"))
     call_format = named if named in FORMATS else HERMES.name
     units: dict[tuple[Any, ...], int] = {}
@@ -87,7 +88,9 @@ def page(
         t = entry.trajectory
         unit = units.setdefault((entry.step, t.split, t.group, t.task_id), len(units))
         rows.append(table_row(entry, unit))
-        details.append(detail(entry, tokens, scales, call_format))
+        details.append(detail(entry, tokens, scales, gallery, call_format))
+    if gallery.left_out:
+        said.append(f"{gallery.left_out} images are left out for their size")
     steps, columns = _curves(run.metrics)
     summary = {
         "metrics": {"steps": steps, "columns": columns},
@@ -106,7 +109,8 @@ def page(
     }
     blocks = [details[i : i + BLOCK] for i in range(0, len(details), BLOCK)]
     written = time.strftime("%Y-%m-%d %H:%M")
-    return Page(run.name, _heading(run), summary, blocks, f"Written {written} by {command}; nothing is fetched.")
+    foot = f"Written {written} by {command}; nothing is fetched."
+    return Page(run.name, _heading(run), summary, blocks, foot, gallery.images)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

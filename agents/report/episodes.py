@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.report.gallery import Gallery
 from agents.trajectory import Trajectory
 from tools.calls import BadCall, get_format
 
@@ -18,6 +19,8 @@ MAX_TEXT = 20_000
 """Characters kept of one message."""
 MAX_MESSAGES = 400
 """Messages kept of one trajectory: the first half and the last half of them."""
+MAX_PARTS = 100
+"""Parts kept of a message that has images."""
 MAX_TOKENS = 8_000
 """Tokens kept of one segment."""
 MAX_CALL = 300
@@ -174,7 +177,9 @@ def table_row(entry: Entry, unit: int) -> dict[str, Any]:
     }
 
 
-def detail(entry: Entry, tokens: TokenTable, scales: Scales, call_format: str = "hermes") -> dict[str, Any]:
+def detail(
+    entry: Entry, tokens: TokenTable, scales: Scales, gallery: Gallery, call_format: str = "hermes"
+) -> dict[str, Any]:
     """What the page shows of one trajectory when it is opened."""
     t = entry.trajectory
     verdict = t.verdict
@@ -182,7 +187,7 @@ def detail(entry: Entry, tokens: TokenTable, scales: Scales, call_format: str = 
         "version": t.version,
         "group": t.group,
         "segments": _segments(entry, tokens, scales),
-        "messages": _messages(t, call_format),
+        "messages": _messages(t, gallery, call_format),
         "failure": "no verdict" if verdict is None else clip(verdict.failure or "", MAX_CALL)[0],
         "scores": [] if verdict is None else _pairs(verdict.scores),
         "facts": [] if verdict is None else _pairs(verdict.facts),
@@ -227,7 +232,7 @@ def _segments(entry: Entry, tokens: TokenTable, scales: Scales) -> list[dict[str
     return out
 
 
-def _messages(t: Trajectory, call_format: str) -> list[dict[str, Any]]:
+def _messages(t: Trajectory, gallery: Gallery, call_format: str) -> list[dict[str, Any]]:
     """The conversation; the last assistant messages are the policy's turns, in order."""
     assistant = [i for i, m in enumerate(t.messages) if m.get("role") == "assistant"]
     turn_of = {i: turn for turn, i in enumerate(assistant[len(assistant) - len(t.turns) :])} if t.turns else {}
@@ -237,6 +242,8 @@ def _messages(t: Trajectory, call_format: str) -> list[dict[str, Any]]:
             continue
         text, cut = clip(text_of(message.get("content")), MAX_TEXT)
         shown: dict[str, Any] = {"role": clip(message.get("role", "?"), 40)[0], "text": text, "cut": cut}
+        if parts := _parts(message.get("content"), gallery):
+            shown |= parts
         if message.get("name"):
             shown["name"] = clip(message["name"], 80)[0]
         if i in turn_of:
@@ -244,6 +251,26 @@ def _messages(t: Trajectory, call_format: str) -> list[dict[str, Any]]:
             shown["calls"] = _calls(t.turns[turn_of[i]], call_format)
         out.append(shown)
     return out
+
+
+def _parts(content: Any, gallery: Gallery) -> dict[str, Any] | None:
+    """Texts and images in order, with what is left out of them; None where there is no image."""
+    if not isinstance(content, list | tuple):
+        return None
+    whole = [part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
+    if not any(part.get("type") == "image" for part in whole):
+        return None
+    parts: list[Any] = []
+    left = MAX_TEXT
+    cut = 0
+    for part in whole[:MAX_PARTS]:
+        if part.get("type") == "image":
+            parts.append(gallery.part(part.get("image")))
+            continue
+        text, more = clip(text_of([part]), left)
+        left, cut = left - len(text), cut + more
+        parts += [text] if text else []
+    return {"parts": parts, "cut": cut, "parts_cut": len(whole) - len(whole[:MAX_PARTS])}
 
 
 def text_of(content: Any) -> str:

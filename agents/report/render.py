@@ -2,7 +2,7 @@
 
 The data are gzip in base64, in blocks that the page unpacks when a trajectory is opened, so a report of
 thousands of trajectories opens at once. A content security policy forbids the page every request, and every
-script but its own.
+script but its own; images stand in the file, too, and are shown from data: addresses.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Page:
     """Contents of the trajectories, in the table's order, `block_size` to a block."""
     footer: str
     """The command that wrote the file, and when."""
+    images: Sequence[tuple[str, str]] = ()
+    """Media type and base64 of the images that the contents name by number."""
 
 
 def render(page: Page) -> str:
@@ -57,6 +59,7 @@ def render(page: Page) -> str:
         script_hash=f"sha256-{digest}",
         summary=pack(page.summary),
         blocks=[pack(block) for block in page.blocks],
+        images=page.images,
     )
     return text.encode("utf-8", "replace").decode("utf-8")
 

@@ -21,12 +21,12 @@ class Episodes:
 
     def __init__(self, run: Path, limit: int) -> None:
         self.notes: list[str] = []
-        self._damaged = 0
+        self._damaged = self._without = 0
         self._reader: TrajectoryReader | None = None
         folder = run / "trajectories"
         if folder.is_dir():
             try:
-                self._reader = TrajectoryReader(folder)
+                self._reader = TrajectoryReader(folder, images=False)
             except StoreError as error:
                 self.notes.append(str(error))
         self.total = len(self._reader) if self._reader is not None else 0
@@ -38,8 +38,19 @@ class Episodes:
         for i in self._keep:
             stored = self._read(i)
             if stored is not None:
+                self._add_images(stored)
                 step = stored.extra.get("step")
                 yield Entry(step if isinstance(step, int) else None, stored.trajectory, stored.columns)
+
+    def _add_images(self, stored: Stored) -> None:
+        """The episode's images in their places; counted, and shown by size, where they cannot be read."""
+        assert self._reader is not None
+        try:
+            stored.trajectory.messages = self._reader.with_images(stored.trajectory.messages)
+        except (StoreError, TypeError, AttributeError):  # of messages that somebody else wrote, too
+            self._without += 1
+            if self._without == 1:
+                self.notes.append("images of some episodes are missing or damaged")
 
     def _read(self, i: int) -> Stored | None:
         """Record i; None, counted, where it is damaged."""

@@ -128,9 +128,19 @@ class Episode {
     const spans = m.turn === undefined || !this.data.named ? [] : detail.segments.flatMap((segment, s) =>
       segment.tokens.map((_, at) => at).filter((at) => segment.mask[at] && segment.turn[at] === m.turn).map((at) => this.token(segment, s, at)));
     if (spans.length) return el("div", { class: "body tokens" }, spans);
-    const more = m.cut > 0 && el("span", { class: "note" }, ` … ${fmt(m.cut)} more characters are not kept in this report`);
-    if (m.role === "system" && m.text.length > 700) return el("div", { class: "body" }, el("details", {}, el("summary", {}, `${fmt(m.text.length)} characters`), visible(m.text), more));
-    return el("div", { class: "body" }, m.text === "" ? el("span", { class: "dim" }, "(empty)") : visible(m.text), more);
+    const more = [[m.cut, "characters"], [m.parts_cut, "parts"]].map(([n, what]) => n > 0 && el("span", { class: "note" }, ` … ${fmt(n)} more ${what} are not kept in this report`));
+    const content = m.parts ? m.parts.map((part) => this.part(part)) : visible(m.text);
+    if (m.role === "system" && m.text.length > 700) return el("div", { class: "body" }, el("details", {}, el("summary", {}, `${fmt(m.text.length)} characters`), content, more));
+    return el("div", { class: "body" }, m.text === "" ? el("span", { class: "dim" }, "(empty)") : content, more);
+  }
+
+  /* A text, or an image: from the file itself, or its size where it is not kept. */
+  part(part) {
+    if (typeof part === "string") return visible(part);
+    const size = `${fmt(part.width)} × ${fmt(part.height)} pixels`;
+    if (!isNumber(part.image)) return el("span", { class: "note" }, ` [image of ${size}, not kept in this report] `);
+    const data = byId(`image-${part.image}`);
+    return el("img", { src: `data:${data.dataset.kind};base64,${data.textContent}`, alt: `image of ${size}`, title: size });
   }
 
   verdict(detail) {

@@ -32,8 +32,13 @@ def seeing_tokenizer() -> Any:
     return tokenizer
 
 
-def seeing_model(kind: str, tokenizer: Any, dtype: torch.dtype = torch.float64, seed: int = 0, **text: Any) -> Any:
-    """A random model of about 400,000 parameters whose log-probs depend visibly on what it is shown."""
+def seeing_model(
+    kind: str, tokenizer: Any, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 4.0
+) -> Any:
+    """A random model of about 400,000 parameters.
+
+    Its weights are so large that log-probs depend visibly on what it is shown; with scale 1 it can be trained.
+    """
     start, end, image, video = (tokenizer.convert_tokens_to_ids(token) for token in VISION)
     ids = {
         "image_token_id": image, "video_token_id": video, "vision_start_token_id": start, "vision_end_token_id": end
@@ -42,7 +47,7 @@ def seeing_model(kind: str, tokenizer: Any, dtype: torch.dtype = torch.float64, 
     own = {
         "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 1024,
-        "tie_word_embeddings": False, **text,
+        "tie_word_embeddings": False,
     }  # fmt: skip
     vision: dict[str, Any] = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2}
     vision |= {"out_hidden_size": 64, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -52,14 +57,14 @@ def seeing_model(kind: str, tokenizer: Any, dtype: torch.dtype = torch.float64, 
         config = Qwen2_5_VLConfig(
             text_config={**own, "rope_parameters": rope}, vision_config=vision, tie_word_embeddings=False, **ids
         )
-        return spread(Qwen2_5_VLForConditionalGeneration, config, dtype, seed)
+        return spread(Qwen2_5_VLForConditionalGeneration, config, dtype, seed, scale)
     rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
     vision |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     config = Qwen3VLConfig(
         text_config={**own, "head_dim": 32, "rope_parameters": rope}, vision_config=vision,
         tie_word_embeddings=False, **ids,
     )  # fmt: skip
-    return spread(Qwen3VLForConditionalGeneration, config, dtype, seed)
+    return spread(Qwen3VLForConditionalGeneration, config, dtype, seed, scale)
 
 
 def processor_of(kind: str) -> Any:
@@ -78,10 +83,12 @@ def picture_format(model: Any, kind: str) -> PictureFormat:
     )  # fmt: skip
 
 
-def seeing_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def seeing_folder(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 4.0
+) -> Path:
     """A model, its tokenizer and its processor as transformers saves them."""
     tokenizer = seeing_tokenizer()
-    seeing_model(kind, tokenizer, dtype, seed).save_pretrained(folder)
+    seeing_model(kind, tokenizer, dtype, seed, scale).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor_of(kind).save_pretrained(folder)
     return folder

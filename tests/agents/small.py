@@ -26,7 +26,9 @@ def qwen3(vocab_size: int, dtype: torch.dtype = torch.float64, seed: int = 0, **
     return spread(Qwen3ForCausalLM, Qwen3Config(vocab_size=vocab_size, **{**options, **changes}), dtype, seed)
 
 
-def spread(model_class: Any, config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+def spread(
+    model_class: Any, config: Any, dtype: torch.dtype = torch.float64, seed: int = 0, scale: float = 4.0
+) -> Any:
     """A model with random weights large enough that a misplaced token shows in every log-prob."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -34,7 +36,7 @@ def spread(model_class: Any, config: Any, dtype: torch.dtype = torch.float64, se
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "norm" not in name:
-                    weight.mul_(4)
+                    weight.mul_(scale)
                 else:
                     weight.add_(0.3 * torch.randn_like(weight))
     return model
