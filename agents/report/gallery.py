@@ -27,11 +27,11 @@ class Gallery:
         left_out: distinct images for which there was no room.
     """
 
-    def __init__(self, limit: int = MAX_BYTES) -> None:
+    def __init__(self) -> None:
         self.images: list[tuple[str, str]] = []
         self.left_out = 0
         self._numbers: dict[bytes, int | None] = {}
-        self._room = limit
+        self._room = MAX_BYTES
 
     def part(self, image: Any) -> dict[str, Any]:
         """What the page is told of an image: its size, and its number where it is in the report."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from agents.cli import UsageError
-from agents.report import collect, episodes, render
+from agents.report import collect, episodes, gallery, render
 from agents.report.episodes import Entry, Scales, TokenTable
 from agents.report.stored import choose
 from agents.runfolder import plain
@@ -23,7 +27,7 @@ from tests.agents.tokenizers import byte_bpe
 
 def contents(html: str) -> tuple[dict, list[list[dict]]]:
     """Summary and blocks as the page will unpack them."""
-    found = dict(re.findall(r'<script type="text/plain" id="([\w-]+)">(.*?)</script>', html, re.S))
+    found = dict(re.findall(r'<script type="text/plain" id="(summary|block-\d+)">(.*?)</script>', html, re.S))
     summary = render.unpack(found.pop("summary"))
     return summary, [render.unpack(found[f"block-{i}"]) for i in range(len(found))]
 
@@ -101,6 +105,83 @@ def test_a_megabyte_is_capped_and_said():
     assert detail["messages"][4]["cut"] == 1_000_000 - episodes.MAX_TEXT
     assert len(detail["messages"]) == episodes.MAX_MESSAGES
     assert detail["segments"][0]["cut"] > 0 and len(detail["segments"][0]["tokens"]) == episodes.MAX_TOKENS
+
+
+def pictured(*images, group=0, text="look"):
+    """An episode that shows images in its question and in a tool's answer."""
+    entry = episode(1, group)
+    parts = [{"type": "image", "image": image} for image in images]
+    entry.trajectory.messages[1]["content"] = [{"type": "text", "text": text}, *parts, {"type": "text", "text": "!"}]
+    entry.trajectory.messages[3]["content"] = parts[:1]
+    return entry
+
+
+def shown_images(html: str) -> list[Image.Image]:
+    found = re.findall(r'<script type="text/plain" id="image-(\d+)" data-kind="image/(\w+)">(.*?)</script>', html)
+    assert [int(number) for number, *_ in found] == list(range(len(found)))
+    images = [Image.open(io.BytesIO(base64.b64decode(data))) for *_, data in found]
+    assert [image.format.lower() for image in images] == [kind for _, kind, _ in found]
+    return images
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_each_distinct_image_stands_in_the_file_once():
+    red, red_again, wide = Image.new("RGB", (7, 5), "red"), Image.new("RGB", (7, 5), "red"), noise(2048, 512)
+    html = render.render(build([pictured(red, wide), pictured(red_again, group=1)]))
+    first, second = shown_images(html)
+    assert first.convert("RGB").tobytes() == red.tobytes() and second.size == (512, 128) and second.format == "JPEG"
+    _, ((one, two),) = contents(html)
+    small, large = ({"width": 7, "height": 5, "image": 0}, {"width": 2048, "height": 512, "image": 1})
+    assert one["messages"][1]["parts"] == ["look", small, large, "!"] and one["messages"][3]["parts"] == [small]
+    assert two["messages"][1]["parts"] == ["look", small, "!"] and "parts" not in two["messages"][0]
+    assert not re.search(r"(src|href)\s*=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", html)
+    assert "img-src data:;" in html
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "I", "F", "I;16"])
+def test_images_of_any_mode_are_shown(mode):
+    (image,) = shown_images(render.render(build([pictured(Image.new(mode, (9, 9)))])))
+    assert image.size == (9, 9)
+
+
+def test_images_are_bounded_in_all_and_what_is_left_out_is_said(monkeypatch):
+    monkeypatch.setattr(gallery, "MAX_BYTES", 40_000)
+    html = render.render(build([pictured(noise(80, 80, group), group=group) for group in range(3)]))
+    summary, ((*_, last),) = contents(html)
+    assert len(shown_images(html)) == 1 and "2 images are left out" in summary["table"]["note"]
+    assert last["messages"][3]["parts"] == [{"width": 80, "height": 80, "image": None}]
+
+
+def test_long_texts_many_parts_and_no_images_beside_them():
+    dot = {"type": "image", "image": Image.new("L", (1, 1))}
+    entry = pictured(text="x" * (episodes.MAX_TEXT + 50))
+    entry.trajectory.messages[1]["content"] += [dot, {"type": "image", "image": None}] * 500
+    old = {"type": "image", "image": {"width": 3, "height": "x"}}
+    entry.trajectory.messages[3]["content"] = [old, {"type": "image"}]
+    _, ((detail,),) = contents(render.render(build([entry])))
+    shown = detail["messages"][1]
+    assert shown["cut"] == 51 and shown["parts_cut"] == 1002 - episodes.MAX_PARTS
+    assert shown["parts"][0] == "x" * episodes.MAX_TEXT and len(shown["parts"]) == episodes.MAX_PARTS - 1
+    nothing = {"width": None, "height": None, "image": None}
+    assert shown["parts"][2] == nothing and detail["messages"][3]["parts"] == [nothing | {"width": 3}, nothing]
+
+
+def test_images_of_a_run_folder_are_shown_and_missing_ones_are_said(run_folder):
+    with TrajectoryWriter(run_folder / "trajectories") as writer:
+        for number, colour in enumerate(("red", "blue")):
+            writer.append(pictured(Image.new("RGB", (8, 6), colour), group=number).trajectory, step=5)
+    html = write_report(run_folder).read_text()
+    assert [image.getpixel((0, 0)) for image in shown_images(html)] == [(255, 0, 0), (0, 0, 255)]
+    next((run_folder / "trajectories" / "images").iterdir()).unlink()
+    html = write_report(run_folder).read_text()
+    summary, blocks = contents(html)
+    assert len(shown_images(html)) == 1 and summary["table"]["count"] == 26
+    assert "images of some episodes are missing" in summary["table"]["note"]
+    parts = [d["messages"][3]["parts"][0] for d in blocks[0][24:] + blocks[1]]
+    assert sorted(parts, key=str) == [{"width": 8, "height": 6, "image": n} for n in (0, None)]
 
 
 def test_two_thousand_trajectories_stay_small():

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from agents.report import collect, render
 from tests.agents import chromium
 from tests.agents.sample_runs import HOSTILE, QUESTION, build, episode, run_data, thousands
+from tests.envs.spot import Spot
 
 pytestmark = pytest.mark.full
 
@@ -125,6 +127,46 @@ def test_a_browser_runs_nothing_of_what_a_model_wrote(browser, tmp_path):
     body = browser.value("document.body.innerText")
     assert "\u202e" not in body and "\x00" not in body and "\u2066" not in body
     assert browser.errors == [] and len(browser.requests) == 1
+
+
+def test_a_browser_shows_the_images_of_a_conversation(browser, tmp_path):
+    """In order, decoded, from the file itself; where one is not kept, its size stands."""
+    entries = []
+    for group, colour in enumerate(("red", "blue")):
+        env = Spot()
+        env.reset(options={"index": group})
+        picture = env.episode.messages[0]["content"][0]
+        entry = episode(1, group)
+        parts = [{"type": "text", "text": "Look: "}, picture, {"type": "text", "text": " and say."}]
+        lost = {"type": "image", "image": {"png": "0" * 32, "width": 640, "height": 480}}
+        entry.trajectory.messages[0]["content"] = [{"type": "text", "text": "s" * 800}, picture]
+        entry.trajectory.messages[1]["content"] = parts
+        side = {"type": "image", "image": Image.new("RGB", (28, 28), colour)}
+        entry.trajectory.messages[3] = {"role": "tool", "name": "zoom", "content": [side, lost]}
+        entries.append(entry)
+    show(browser, tmp_path, build(entries))
+    for group in range(2):
+        click(browser, f".row[data-row='{group}']")
+        browser.wait(f"document.querySelector('.episode h3').innerText === 'tool_qa/train/{group}'")
+        browser.wait("document.querySelector('.message.user img').naturalWidth > 0")
+        sizes = browser.value(
+            "[...document.querySelectorAll('.message img')].map(i => [i.naturalWidth, i.naturalHeight])"
+        )
+        assert sizes == [[56, 56], [56, 56], [28, 28]]
+        shown = browser.value(
+            "[...document.querySelector('.message.user .body').childNodes].map(n => n.textContent || n.tagName)"
+        )
+        assert shown == ["Look: ", "IMG", " and say."]
+        assert "640 × 480 pixels, not kept" in text(browser, ".message.tool .body")
+        pixel = browser.value(
+            "(() => { const c = document.createElement('canvas').getContext('2d');"
+            " c.drawImage(document.querySelector('.message.tool img'), 0, 0);"
+            " return [...c.getImageData(3, 3, 1, 1).data]; })()"
+        )
+        assert pixel == ([255, 0, 0, 255] if group == 0 else [0, 0, 255, 255])
+    browser.value("document.querySelector('.episode').scrollIntoView()")
+    browser.screenshot(tmp_path / "images.png")
+    assert browser.errors == [] and [r for r in browser.requests if not r.startswith(("file:", "data:"))] == []
 
 
 def test_a_browser_is_quick_with_two_thousand_trajectories(browser, tmp_path):
