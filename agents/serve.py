@@ -1,9 +1,10 @@
 """`python -m agents.serve --model MODEL --port 8001`: a vLLM server that `--vllm.servers` can use.
 
 Starts vLLM's OpenAI-compatible server with what training needs: log-probs after bans and temperature, routes that take
-weights, room for adapters, and of a model that reads pictures the route that takes these beside token ids. A model whose head is tied to its embeddings is written out with a head of its own first,
-because vLLM keeps a tied head's old matrix when weights are reloaded. The command is printed, so that it can be
-adapted; everything after `--` is handed on to vLLM.
+weights, room for adapters, and for a model that reads pictures the route that takes them beside token ids. A model
+whose head is tied to its embeddings is written out with a head of its own first, because vLLM keeps a tied head's old
+matrix when weights are reloaded. The command is printed, so that it can be adapted; everything after `--` is handed on
+to vLLM.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from typing import Any, Literal
 
 from agents import cli
 from agents.cli import Count, Fraction, Natural, UsageError
-from agents.engines.vllm import most_pictures
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ def line(
     command: ServeCommand, place: str, context: int, sees: bool, gpu: bool, more: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Environment variables and arguments of the server."""
+    from agents.engines.vllm import most_pictures
+
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     arguments = [
         "-m", "vllm.entrypoints.openai.api_server", "--model", place, "--served-model-name", command.model,

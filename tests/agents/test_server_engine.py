@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import socket
 from contextlib import ExitStack
@@ -9,6 +11,7 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageChops
 
 from agents import lora
 from agents.chat import ChatFormat
@@ -19,10 +22,12 @@ from agents.engines.base import EngineFailure
 from agents.engines.server import Unreadable
 from agents.engines.vllm_server import ServerEngine, read
 from agents.evaluate import failure_of
+from agents.pictures import PictureError, PictureFormat
 from agents.rollout import Limits, play
 from policy_opt.protocols import Job, Sampler
 from tests.agents.letters import SHAPED
-from tests.agents.odd_vllm import choice, serving, slowly
+from tests.agents.odd_vllm import GENERATE, choice, generated, serving, slowly
+from tests.agents.seeing import processor_of, scene
 from tests.agents.small import Chatter, qwen3
 from tests.agents.test_faults import refused
 from tests.agents.test_train import model_folder, own_cache  # noqa: F401  (fixtures)
@@ -340,3 +345,101 @@ def test_two_models_at_one_address_need_a_name(odd):
     with pytest.raises(UsageError, match="does not serve 'other'; it serves odd"):
         ServerEngine(VllmConfig(servers=(f"{odd.url}#other",)), carries="nothing", stop_ids=[3])
 
+
+# ---------------------------------------------------------------------- pictures
+
+PAD = 61
+FORM = PictureFormat(processor_of("qwen3_vl"), pad_id=PAD, start_id=60, end_id=62)
+
+
+def seeing(odd, carries="nothing") -> ServerEngine:
+    odd.spans = (PAD, 1)  # what the picture of the engine's trial has
+    options = VllmConfig(servers=(odd.url,), timeout_s=0.5, retries=0)
+    one = ServerEngine(options, carries=carries, stop_ids=[3, 4], banned_ids=[0, 7], rows=8, pictures=FORM)
+    odd.spans = (PAD, 4)
+    return one
+
+
+def test_a_row_with_pictures_is_sent_with_all_of_them_and_one_placeholder_each(odd):
+    one = seeing(odd)
+    red, blue = FORM.read(scene("red", 64, 64)), FORM.read(scene("blue", 70, 60))
+    assert red.length == blue.length == 4
+    one.turn((0, 0), [10, *FORM.ids(red), 11], (0, 0), 8, pictures=[red])
+    assert dict(one.run())[(0, 0)].ids == (10, 3)
+    one.turn((0, 0), [12, *FORM.ids(blue), *FORM.ids(red)], (0, 1), 8, Sampler(0.5), pictures=[blue, red])
+    got = dict(one.run())[(0, 0)]
+    assert (got.logps, got.stop) == ((-1.0, -0.5), "stop")
+    path, body = odd.seen[-1]
+    assert path == GENERATE and body["model"] == "odd" and body["return_token_ids"]
+    assert body["token_ids"] == [10, 60, PAD, 62, 11, 10, 3, 12, 60, PAD, 62, 60, PAD, 62]
+    assert [part["uuid"] for part in body["content_parts"]] == [str(p.key) for p in (red, blue, red)]
+    for part, picture in zip(body["content_parts"], (red, blue, red), strict=True):
+        kind, _, data = part["url"].partition(",")
+        with Image.open(io.BytesIO(base64.b64decode(data))) as sent:
+            assert (part["type"], kind) == ("image_url", "data:image/png;base64")
+            assert sent.mode == "RGB" and ImageChops.difference(sent, picture.image).getbbox() is None
+    how = body["sampling_params"]
+    assert how["max_tokens"] == 8 and how["temperature"] == 0.5 and how["logprobs"] == 0 and how["ignore_eos"]
+    assert how["stop_token_ids"] == [3, 4] and how["logit_bias"] == {"0": -100.0, "7": -100.0}
+
+
+def test_a_row_without_pictures_goes_the_same_way(odd):
+    one = seeing(odd)
+    assert turns(one, {(0, 0): [10, 11]})[(0, 0)].ids == (10, 3)
+    path, body = odd.seen[-1]
+    assert path == GENERATE and body["token_ids"] == [10, 11] and body["content_parts"] is None
+
+
+def test_a_server_that_expands_otherwise_ends_the_run(odd):
+    one, picture = seeing(odd), FORM.read(scene("red", 64, 64))
+    odd.spans = (PAD, 5)
+    one.turn((2, 1), [10, *FORM.ids(picture)], (0, 0), 8, pictures=[picture])
+    with pytest.raises(EngineFailure, match=r"row \(2, 1\): vLLM expands its pictures to a prompt of 8 tokens, .* 7"):
+        one.run()
+
+
+def test_a_row_is_scored_with_its_pictures(odd):
+    one, picture = seeing(odd), FORM.read(scene("red", 64, 64))
+    assert one.log_probs([10, *FORM.ids(picture), 11], [picture]) == [-0.25] * 7
+    assert odd.seen[-1][1]["content_parts"][0]["uuid"] == str(picture.key)
+
+
+@pytest.mark.parametrize("reply", [
+    b"{}", json.dumps(choice([9, 3], [-1.0, -0.5])).encode(), json.dumps(generated([9], [-1.0], None)).encode(),
+    json.dumps(generated([9, 3], [-1.0, None], [10])).encode(),
+])  # fmt: skip
+def test_a_malformed_reply_of_this_route_is_an_outcome_too(odd, reply):
+    one = seeing(odd)
+    odd.manner = lambda body, attempt: (200, reply)
+    assert turns(one, {(0, 0): [10]})[(0, 0)].stop == "error:reply"
+
+
+def test_what_old_weights_made_of_pictures_is_forgotten_with_them(odd):
+    one = seeing(odd, "weights")
+    odd.seen.clear()
+    one.deliver(qwen3(len(byte_bpe())), 1)
+    orders = [path for path, body in odd.seen if body or "cache" in path]
+    assert orders == ["/collective_rpc", "/reset_prefix_cache", "/reset_encoder_cache", "/update_weight_version"]
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"routes": ()}, "--enable-scale-out"), ({"raw": True}, "--logprobs-mode processed_logprobs"),
+    ({"spans": (PAD, 2)}, "image processor is not the run's"),
+])  # fmt: skip
+def test_a_server_that_cannot_take_pictures_is_refused(odd, change, words):
+    odd.spans = (PAD, 1)
+    for name, value in change.items():
+        setattr(odd, name, value)
+    with pytest.raises(UsageError) as said:
+        ServerEngine(VllmConfig(servers=(odd.url,)), carries="nothing", stop_ids=[3], pictures=FORM)
+    assert words in str(said.value)
+
+
+def test_pictures_that_do_not_fit_are_refused_before_anything_is_sent(odd):
+    one, picture = seeing(odd), FORM.read(scene("red", 64, 64))
+    for pictures in ([], [picture, picture]):
+        with pytest.raises(PictureError, match="placeholders of"):
+            one.turn((0, 0), [10, *FORM.ids(picture)], (0, 0), 8, pictures=pictures)
+    with pytest.raises(ValueError, match="built without `pictures`"):
+        engine(odd).turn((0, 0), [10], (0, 0), 8, pictures=[picture])
+    assert one.run() == []
