@@ -83,7 +83,7 @@ class PictureFormat:
             return None
         from transformers import AutoImageProcessor
 
-        ids = [getattr(config, f"{name}_token_id", None) for name in ("image", "vision_start", "vision_end")]
+        ids: list[Any] = [getattr(config, f"{name}_token_id", None) for name in ("image", "vision_start", "vision_end")]
         try:
             processor = AutoImageProcessor.from_pretrained(place, backend="pil")
         except (OSError, ValueError, ImportError) as error:

@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from agents.chat import ChatFormat
 from agents.engines.base import Key, Sampled, SampleParams
 from agents.engines.hf import HFEngine
+from agents.pictures import Picture
 from envs import ChatEnv, Reply, Task, Verdict, fingerprint
 from policy_opt.protocols import Sampler
 
@@ -58,10 +59,16 @@ class Noting:
         self.closed: dict[Key, list[list[int]]] = {}
 
     def turn(
-        self, key: Key, ids: Sequence[int], seed: Key, max_new_tokens: int, sampler: Sampler | None = None
+        self,
+        key: Key,
+        ids: Sequence[int],
+        seed: Key,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        pictures: Sequence[Picture] = (),
     ) -> None:
         self.open.setdefault(key, []).extend(ids)
-        self.engine.turn(key, ids, seed, max_new_tokens, sampler)
+        self.engine.turn(key, ids, seed, max_new_tokens, sampler, pictures)
 
     def run(self) -> list[tuple[Key, Sampled]]:
         finished = self.engine.run()

@@ -122,7 +122,9 @@ class Telling:
     def __init__(self, chat: ChatFormat, turns: list[str]) -> None:
         self.chat, self.turns, self.asked = chat, turns, dict[Any, int]()
 
-    def turn(self, key: Any, ids: Any, seed: Any, max_new_tokens: int, sampler: Any = None) -> None:
+    def turn(
+        self, key: Any, ids: Any, seed: Any, max_new_tokens: int, sampler: Any = None, pictures: Any = ()
+    ) -> None:
         self.asked[key] = seed[3]
 
     def run(self) -> Any:
