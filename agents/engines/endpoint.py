@@ -4,6 +4,10 @@ The environment speaks text with tool calls inside, the server structured messag
 conversation into the server's form (calls with ids, tool results that name them); `to_text` writes a reply in
 the environment's own call format, so that one parser and one verifier judge every policy.
 
+Images go out as PNG in `data:` addresses (`image_url` parts), in user messages only: the protocol has none in
+system and tool messages. What a system message shows follows it as a user message; what tool messages show follows
+the last result of the turn, because results must stand together.
+
 The `openai` client does the talking: it is the reference for the protocol's errors, for retries with back-off
 and Retry-After, proxies and OPENAI_API_KEY. It is an extra, imported when an endpoint is opened. What goes
 wrong (time-outs, refusals, unreadable or oversized replies) is an outcome, never an exception.
@@ -11,6 +15,8 @@ wrong (time-outs, refusals, unreadable or oversized replies) is an outcome, neve
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import time
@@ -22,6 +28,7 @@ from agents.cli import UsageError
 from agents.engines.base import Key, Said, SampleParams, Voice, stream
 from tools import strict_json
 from tools.calls import CallFormat, ToolCall, get_format
+from tools.images import is_image
 
 MAX_REPLY = 4_000_000
 """Bytes read of one reply."""
@@ -157,32 +164,49 @@ def to_wire(messages: Sequence[Mapping[str, Any]], fmt: CallFormat) -> list[dict
     """A conversation in the protocol's form: calls carry ids, tool messages name the call they answer.
 
     A tool message that answers no readable call (the model wrote a malformed one) becomes a user message,
-    since servers refuse tool messages without a call.
+    since servers refuse tool messages without a call. Images of tool messages follow the last of them as a user
+    message that names the tools; those of a system message follow it, too.
     """
     out: list[dict[str, Any]] = []
     open_ids: list[str | None] = []
+    seen: list[dict[str, Any]] = []  # parts of the user message that is owed
     for i, message in enumerate(messages):
-        role, content = message["role"], _text(message.get("content"))
+        role, content = message["role"], message.get("content")
+        if seen and role != "tool":
+            out.append({"role": "user", "content": seen})
+            seen = []
         if role == "assistant":
-            wire, open_ids = _assistant(content, fmt, f"call_{i}")
+            wire, open_ids = _assistant(_text(content), fmt, f"call_{i}")
             out.append(wire)
+        elif role == "user":
+            out.append({"role": role, "content": _content(content)})
         elif role == "tool":
             call_id = open_ids.pop(0) if open_ids else None
-            answer = {"role": "tool", "tool_call_id": call_id, "content": content}
-            out.append(answer if call_id else {"role": "user", "content": f"Tool: {content}"})
+            answer = {"role": "tool", "tool_call_id": call_id, "content": _text(content)}
+            out.append(answer if call_id else {"role": "user", "content": f"Tool: {_text(content)}"})
+            seen += _shown(content, f"Shown by {message.get('name') or 'the tool'}:")
         else:
-            out.append({"role": role, "content": content})
-    return out
+            out.append({"role": role, "content": _text(content)})
+            seen += _shown(content, "Shown before:")
+    return [*out, {"role": "user", "content": seen}] if seen else out
 
 
 def to_plain(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A conversation without structure: tools described in the system message, results as user messages."""
-    out = [{"role": m["role"], "content": _text(m.get("content"))} for m in messages]
-    for message in out:
-        if message["role"] == "tool":
-            message |= {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+    """A conversation without structure: tools described in the system message, results as user messages.
+
+    Images stand in the user messages; those of a system message follow it as one.
+    """
+    out: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message.get("content")
+        if role == "tool":
+            out.append({"role": "user", "content": _content(content, "<tool_response>\n", "\n</tool_response>")})
+            continue
+        out.append({"role": role, "content": _content(content) if role == "user" else _text(content)})
+        if role == "system" and (seen := _shown(content, "Shown before:")):
+            out.append({"role": "user", "content": seen})
     if tools:
         listed = "\n".join(json.dumps(tool.get("function", tool)) for tool in tools)
         text = (
@@ -262,6 +286,37 @@ def _text(content: Any) -> str:
             str(p.get("text", "")) if p.get("type") == "text" else f"[{p.get('type')}]" for p in parts
         )
     return content.encode("utf-8", "replace").decode("utf-8")
+
+
+def _content(content: Any, before: str = "", after: str = "") -> str | list[dict[str, Any]]:
+    """Content of a user message: text, or texts and images in order where there are images."""
+    if isinstance(content, str) or not any(_is_image(part) for part in content or ()):
+        return f"{before}{_text(content)}{after}"
+    parts = [_image(part) if _is_image(part) else _words(_text([part])) for part in content]
+    return [*([_words(before)] if before else []), *parts, *([_words(after)] if after else [])]
+
+
+def _shown(content: Any, words: str) -> list[dict[str, Any]]:
+    """The images of a message that may hold none, after some words; empty where there are none."""
+    images = [] if isinstance(content, str) else [_image(part) for part in content or () if _is_image(part)]
+    return [_words(_text(words)), *images] if images else []
+
+
+def _is_image(part: Any) -> bool:
+    image: Any = part.get("image") if isinstance(part, Mapping) else None
+    return is_image(image) and 0 not in image.size
+
+
+def _words(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _image(part: Mapping[str, Any]) -> dict[str, Any]:
+    """An image part as a PNG of RGB pixels inside its address."""
+    file = io.BytesIO()
+    part["image"].convert("RGB").save(file, "PNG", compress_level=1)  # it is written anew for every turn
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def _read_bounded(chunks: Iterable[bytes], deadline: float) -> bytes | Said:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
+from PIL import Image
+
 from agents.engines import endpoint
+from tests.envs.spot import COLOURS
 from tools import ToolCall
 
 
@@ -21,6 +27,26 @@ def structured(call: ToolCall, raw: str | None = None) -> dict:
 def completion(content="hello", finish="stop", **message):
     choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
     return {"choices": [choice], "usage": {"completion_tokens": 7}}
+
+
+def pictures(messages) -> list[Image.Image]:
+    """The images of a conversation as it came in."""
+    parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    head = "data:image/png;base64,"
+    assert all(url.startswith(head) for url in urls)
+    return [Image.open(io.BytesIO(base64.b64decode(url.removeprefix(head)))) for url in urls]
+
+
+def seeing(messages):
+    """Looks at the left half, then names the colour of the first picture's most colourful pixel."""
+    seen = pictures(messages)
+    if len(seen) < 2:
+        return completion(None, "tool_calls", tool_calls=[structured(ToolCall("zoom", {"side": "left"}))])
+    pixels_N3 = np.array(seen[0], dtype=int).reshape(-1, 3)
+    vivid_3 = pixels_N3[np.ptp(pixels_N3, axis=1).argmax()]
+    name = min(COLOURS, key=lambda colour: abs(vivid_3 - COLOURS[colour]).sum())
+    return completion(f"<answer>{name}</answer>")
 
 
 class Behaviour(BaseHTTPRequestHandler):
@@ -56,6 +82,8 @@ class Behaviour(BaseHTTPRequestHandler):
                 200,
                 completion(None, "tool_calls", tool_calls=[structured(ToolCall("remainder", {"number": 3}))]),
             )
+        elif manner == "seeing":
+            self.answer(200, seeing(body["messages"]))
         elif manner == "cut":
             self.answer(200, completion("hal", "length"))
         elif manner == "garbage":

@@ -14,14 +14,17 @@ import urllib.request
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from agents.cli import UsageError
 from agents.engines.base import SampleParams
 from agents.engines.endpoint import Endpoint, EndpointConfig, read_reply, to_plain, to_text, to_wire
 from agents.evaluate import TextPlayer, evaluate
 from agents.rollout import Limits
-from tests.agents.bad_server import Behaviour, serving, structured
+from tests.agents.bad_server import Behaviour, pictures, serving, structured
 from tests.agents.parity import Parity
+from tests.envs.spot import Spot
+from tests.tools.picture_tools import pattern
 from tools import HERMES, BadCall, ToolCall
 
 pytest.importorskip("openai", reason="the endpoint extra is not installed")
@@ -91,6 +94,70 @@ def test_without_native_tools_they_are_described_in_words():
     assert plain[1] == {"role": "user", "content": "<tool_response>\n1\n</tool_response>"}
     assert to_plain([{"role": "user", "content": "u"}], [tool])[0]["role"] == "system"
     assert to_plain([{"role": "user", "content": "u"}], []) == [{"role": "user", "content": "u"}]
+
+
+def an_image(value: int, width: int = 4) -> dict:
+    return {"type": "image", "image": Image.new("RGB", (width, 3), (value, 0, 0))}
+
+
+def kinds(message) -> list:
+    """Texts, and the red of images, in order."""
+    if isinstance(message["content"], str):
+        return [message["content"]]
+    seen = iter(pictures([message]))
+    return [p["text"] if p["type"] == "text" else next(seen).getpixel((0, 0))[0] for p in message["content"]]
+
+
+def test_images_stand_in_user_messages_only():
+    text = HERMES.render("look", [ToolCall("zoom", {}), ToolCall("zoom", {})])
+    history = [
+        {"role": "system", "content": [{"type": "text", "text": "S"}, an_image(1)]},
+        {"role": "user", "content": [an_image(2), {"type": "text", "text": "which?"}, an_image(3)]},
+        {"role": "assistant", "content": text},
+        {"role": "tool", "name": "zoom", "content": [{"type": "text", "text": "left"}, an_image(4), an_image(5)]},
+        {"role": "tool", "name": "zoom", "content": [an_image(6)]},
+        {"role": "assistant", "content": "hm"},
+    ]
+    wire = to_wire(history, HERMES)
+    assert [m["role"] for m in wire] == ["system", "user", "user", "assistant", "tool", "tool", "user", "assistant"]
+    assert [kinds(m) for m in wire if m["role"] != "assistant"] == [
+        ["S[image]"], ["Shown before:", 1], [2, "which?", 3], ["left[image][image]"], ["[image]"],
+        ["Shown by zoom:", 4, 5, "Shown by zoom:", 6],
+    ]  # fmt: skip
+    assert to_wire(history[:5], HERMES) == wire[:7], "what is shown last is not forgotten"
+    plain = to_plain(history, [{"type": "function", "function": {"name": "zoom"}}])
+    assert [m["role"] for m in plain] == ["system", "user", "user", "assistant", "user", "user", "assistant"]
+    assert kinds(plain[0])[0].startswith("S[image]\n") and kinds(plain[1]) == ["Shown before:", 1]
+    assert kinds(plain[4]) == ["<tool_response>\n", "left", 4, 5, "\n</tool_response>"]
+    json.dumps([wire, plain])
+
+
+def test_an_image_after_a_malformed_call_is_shown_too():
+    wire = to_wire([{"role": "tool", "content": [an_image(7)]}, {"role": "user", "content": "on"}], HERMES)
+    assert [(m["role"], kinds(m)) for m in wire] == [
+        ("user", ["Tool: [image]"]), ("user", ["Shown by the tool:", 7]), ("user", ["on"])]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"])
+def test_images_of_any_mode_go_out_as_what_they_show(mode):
+    image = pattern(mode)
+    (message,) = to_wire([{"role": "user", "content": [{"type": "image", "image": image}]}], HERMES)
+    (seen,) = pictures([message])
+    assert seen.mode == "RGB" and seen.tobytes() == image.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_server_that_sees_plays_an_environment_with_images(native):
+    """It decodes the opening's picture and the tool's, and answers by the pixels."""
+    with serving() as url:
+        client = Endpoint(EndpointConfig.from_spec(f"{url}#seeing", retries=0, native_tools=native))
+        player = TextPlayer(lambda: Spot(split="eval"), client, Limits(), threads=2)
+        result = evaluate(player, "spot", episodes=12)
+        client.close()
+    assert result.success.mean == 1.0 and result.tool_calls.mean == 1.0 and not result.failures
+    last = max(Behaviour.seen, key=lambda body: len(body["messages"]))["messages"]
+    roles = ["user", "assistant", "tool", "user"] if native else ["system", "user", "assistant", "user"]
+    assert [m["role"] for m in last] == roles and [p.size for p in pictures(last)] == [(56, 56), (28, 28)]
 
 
 def test_lone_surrogates_can_be_sent():
