@@ -18,13 +18,25 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from agents import serve
 from agents.chat import ChatFormat
 from agents.config import VllmConfig
 from agents.engines.base import EngineFailure, SampleParams
 from agents.engines.vllm import VllmEngine
+from agents.engines.vllm_server import ServerEngine
 from agents.pictures import Picture, PictureError, PictureFormat
-from tests.agents.seeing import KINDS, picture_format, scene, seeing_model, seeing_tokenizer
+from tests.agents.seeing import (
+    KINDS,
+    picture_format,
+    processor_of,
+    scene,
+    seeing_folder,
+    seeing_model,
+    seeing_tokenizer,
+)
+from tests.engines.test_server import ready, serving
 
 pytestmark = pytest.mark.engines
 GAP, TEMPERATURE, CONTEXT = 1e-4, 0.8, 256
@@ -118,6 +130,13 @@ def shift(module, scale: float = 0.05, seed: int = 1) -> None:
     with torch.no_grad():
         for p in module.parameters():
             p.add_(scale * torch.randn(p.shape, generator=draws))
+
+
+def tie(model):
+    """The model with its embeddings as its head, which most small ones have."""
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = True
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -236,6 +255,22 @@ def test_what_was_kept_of_a_picture_goes_with_the_weights_that_made_it(eyes):
     assert eyes.gap([*ids, 50, 51], finish(engine)[(0,)], [picture]) <= GAP
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_head_is_delivered_whole(torchvision, kind):
+    eyes = Eyes(kind)
+    tie(eyes.model)
+    (picture,) = eyes.read(scene("red"))
+    ids = [*eyes.fed([picture]), *range(70, 80)]
+    try:
+        for version in range(2):
+            eyes.engine.deliver(eyes.model, version)
+            scored = torch.tensor(eyes.engine.log_probs(ids, [picture]), dtype=torch.float64)
+            assert (scored - eyes.plain(ids, [picture], banned=[], temperature=1.0)).abs().max() <= GAP
+            shift(eyes.model)
+    finally:
+        eyes.engine.shutdown()
+
+
 def test_an_engine_for_text_takes_no_pictures():
     engine = VllmEngine(VllmConfig(), stop_ids=[1], max_context=64)
     eyes = Eyes(KINDS[0])
@@ -244,3 +279,59 @@ def test_an_engine_for_text_takes_no_pictures():
         engine.turn((0,), eyes.fed([picture]), (0, 0), 4, pictures=[picture])
     with pytest.raises(ValueError, match="needs the model's tokenizer"):
         VllmEngine(VllmConfig(), stop_ids=[1], max_context=64, pictures=eyes.pictures)
+
+
+# ---------------------------------------------------------------------- servers
+
+
+@pytest.fixture(scope="module")
+def served(torchvision, tmp_path_factory):
+    """A server of a small model, as the documented command starts it."""
+    folder = tmp_path_factory.mktemp("served")
+    seeing_folder(folder / "seeing", "qwen3_vl")
+    with serving(folder, "--max-context", str(CONTEXT), model=str(folder / "seeing")) as server:
+        yield ready(server)
+
+
+def test_a_server_samples_scores_and_takes_weights_of_a_model_that_reads_pictures(served):
+    eyes = Eyes("qwen3_vl")
+    engine = eyes.engine = ServerEngine(
+        VllmConfig(servers=(served.url,), retries=1), carries="weights", stop_ids=eyes.chat.stop_ids,
+        banned_ids=eyes.chat.banned_ids, params=SampleParams(TEMPERATURE), rows=8, pictures=eyes.pictures,
+    )  # fmt: skip
+    red, blue, large = eyes.read(scene("red", 84, 84), scene("blue", 84, 84), scene("lime", 128, 96))
+    shown = {(0,): [red], (1,): [blue], (2,): [large, red], (3,): []}
+    for version in range(3):
+        if version:
+            shift(eyes.model.model.visual if version == 1 else eyes.model.model.language_model, seed=version)
+            engine.deliver(eyes.model, version)
+        rows = {key: eyes.fed(pictures) for key, pictures in shown.items()}
+        for turn in range(2):
+            for key in rows:
+                fed = rows[key] if turn == 0 else eyes.fed([large], 60)
+                rows[key] = fed if turn == 0 else [*rows[key], *fed]
+                engine.turn(key, fed, (0, *key, turn), 6, pictures=[large] if turn else shown[key])
+            for key, said in finish(engine).items():
+                assert said.stop in ("stop", "length")
+                pictures = [*shown[key], *([large] * turn)]
+                assert eyes.gap(rows[key], said, pictures) <= GAP, (version, turn, key)
+                rows[key] += said.ids
+        ids = [*eyes.fed([red]), *range(70, 80)]
+        scored = torch.tensor(engine.log_probs(ids, [red]), dtype=torch.float64)
+        assert (scored - eyes.plain(ids, [red], banned=[], temperature=1.0)).abs().max() <= GAP
+        engine.reset()
+    engine.shutdown()
+
+
+def test_a_tied_model_that_reads_pictures_is_served_with_its_processor(tmp_path, capsys):
+    tokenizer = seeing_tokenizer()
+    tied = tie(seeing_model("qwen3_vl", tokenizer, torch.float32))
+    for part in (tied, tokenizer, processor_of("qwen3_vl")):
+        part.save_pretrained(tmp_path / "tied")
+    serve.main(["--print-only", "--model", str(tmp_path / "tied"), "--folder", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert f"--model {tmp_path / 'out'} " in printed and "--enable-scale-out" in printed
+    assert """--limit-mm-per-prompt '{"image": 170, "video": 0}'""" in printed
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert not config.tie_word_embeddings and not config.get_text_config().tie_word_embeddings
+    assert PictureFormat.of(config, str(tmp_path / "out")).read(scene("red")).length == 4
