@@ -20,9 +20,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from agents import serve
+from agents import lora, serve
 from agents.chat import ChatFormat
-from agents.config import VllmConfig
+from agents.config import LoraConfig, VllmConfig
 from agents.engines.base import EngineFailure, SampleParams
 from agents.engines.vllm import VllmEngine
 from agents.engines.vllm_server import ServerEngine
@@ -128,7 +128,7 @@ def shift(module, scale: float = 0.05, seed: int = 1) -> None:
     """Weights as after some training."""
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in module.parameters():
+        for p in filter(lambda p: p.requires_grad, module.parameters()):
             p.add_(scale * torch.randn(p.shape, generator=draws))
 
 
@@ -335,3 +335,25 @@ def test_a_tied_model_that_reads_pictures_is_served_with_its_processor(tmp_path,
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert not config.tie_word_embeddings and not config.get_text_config().tie_word_embeddings
     assert PictureFormat.of(config, str(tmp_path / "out")).read(scene("red")).length == 4
+
+
+def test_adapters_are_delivered_alone(torchvision):
+    """They stand on the text model's layers: vLLM takes none in a tower."""
+    eyes = Eyes("qwen3_vl")
+    model, (picture,) = eyes.model, eyes.read(scene("red"))
+    lora.adapt(model, LoraConfig(rank=4), seed=0)
+    ids = [*eyes.fed([picture]), *range(70, 80)]
+    before = None
+    try:
+        for version in range(3):
+            eyes.engine.deliver(model, version)
+            scored = torch.tensor(eyes.engine.log_probs(ids, [picture]), dtype=torch.float64)
+            ours = eyes.plain(ids, [picture], banned=[], temperature=1.0)
+            assert (scored - ours).abs().max() <= GAP and (before is None or (ours - before).abs().max() > 0.05)
+            eyes.engine.reset()
+            eyes.engine.turn((0,), ids, (0, 0), 6, pictures=[picture])
+            assert eyes.gap(ids, finish(eyes.engine)[(0,)], [picture]) <= GAP
+            before = ours
+            shift(model)
+    finally:
+        eyes.engine.shutdown()
