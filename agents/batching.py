@@ -130,6 +130,8 @@ def picture_columns(segments: Sequence[Segment], pictures: Sequence[Picture], wi
     for row, segment in enumerate(segments):
         for span in segment.spans:
             if span.kind == "image":
+                if str(span.ref) not in media:
+                    raise ValueError(f"a token record speaks of picture {span.ref}, which did not come with it")
                 picture_BT[row, span.start : span.start + span.length] = span.ref
     return {"picture_BT": picture_BT, "media": media or None}
 

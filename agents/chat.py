@@ -162,12 +162,17 @@ class ChatFormat:
         """
         if self.pictures is None:
             return []
-        said = [words_of(message.get("content")) for message in messages]
-        images = [part.image for words in said if not isinstance(words, str) for part in words if _is_image(part)]
+        pictures = self.pictures_of(messages)
         try:
-            return placed(ids, [self._read(image) for image in images], self.pictures.pad_id)
+            return placed(ids, pictures, self.pictures.pad_id)
         except PictureError as error:
             raise ChatFormatError(f"the chat template drops or repeats images: {error}") from error
+
+    def pictures_of(self, messages: Messages) -> list[Picture]:
+        """The pictures of all images in messages, in order."""
+        said = [words_of(message.get("content")) for message in messages]
+        images = [part.image for words in said if not isinstance(words, str) for part in words if _is_image(part)]
+        return [self._read(image) for image in images]
 
     def turn_ids(self, text: str) -> list[int]:
         """A demonstrated assistant turn as the policy would sample it: text with special tokens split, stop id."""

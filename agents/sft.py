@@ -26,6 +26,8 @@ from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.models import DTYPES, chat_of, export, is_tiny, load_model
 from agents.optim import seeded
+from agents.png import ImageFileError, opened
+from agents.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,19 @@ def of_run(run: Path, chat: ChatFormat, only_correct: bool) -> list[Ledger]:
     except (StoreError, OSError) as error:
         raise UsageError(str(error)) from error
     good = [t for t in stored if is_correct(t) or not only_correct]
-    return [t.ledger for t in good if t.ledger is not None and t.ledger.sampled]
+    return [shown_again(t.ledger, t, chat) for t in good if t.ledger is not None and t.ledger.sampled]
+
+
+def shown_again(ledger: Ledger, t: Trajectory, chat: ChatFormat) -> Ledger:
+    """A stored token record with its pictures, read anew from the images of its messages.
+
+    UsageError where they are not the ones that its tokens speak of: another image processor.
+    """
+    ledger.pictures = {picture.key: picture for picture in chat.pictures_of(t.messages)}
+    wanted = {span.ref for segment in ledger.segments for span in segment.spans if span.kind == "image"}
+    if not wanted <= ledger.pictures.keys():
+        raise UsageError(f"{t.task_id}: its images do not give the pictures that its tokens stand for")
+    return ledger
 
 
 def split(ledgers: Sequence[Ledger], share: float, seed: int) -> tuple[list[Ledger], list[Ledger]]:
@@ -178,17 +192,25 @@ def read(path: Path) -> list[Conversation]:
 def _conversation(line: str, where: str) -> Conversation:
     try:
         record = json.loads(line)
-        messages = tuple(_message(m, where) for m in record["messages"])
+        messages = tuple(_message(m, Path(where).parent) for m in record["messages"])
         return Conversation(messages, tuple(record.get("tools") or ()))
+    except ImageFileError as error:
+        raise UsageError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{where} is no conversation ({error!r}); a line is {{\"messages\": [...]}}") from error
 
 
-def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message whose structured tool calls, if any, are written into its text in the default call format."""
+def _message(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A message whose structured tool calls, if any, are written into its text in the default call format.
+
+    Images are `data:` URIs, or files named from `folder` on.
+    """
     from tools.calls import HERMES, ToolCall
 
-    out = {"role": str(message["role"]), "content": message.get("content") or ""}
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = [_part(part, folder) for part in content]
+    out = {"role": str(message["role"]), "content": content}
     if "name" in message:
         out["name"] = str(message["name"])
     calls = []
@@ -200,6 +222,15 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if calls:
         out["content"] = HERMES.render(str(out["content"]), calls)
     return out
+
+
+def _part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A content part; images in OpenAI's shape (`image_url`), or under `image`."""
+    if part["type"] == "text":
+        return {"type": "text", "text": str(part["text"])}
+    if part["type"] == "image_url":
+        return {"type": "image", "image": opened(str(part["image_url"]["url"]), folder)}
+    return {"type": "image", "image": opened(str(part["image"]), folder)}
 
 
 if __name__ == "__main__":

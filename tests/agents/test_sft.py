@@ -17,6 +17,7 @@ from agents.display import Silent
 from agents.imitate import Conversation, batch_of, imitate, likelihood, record, schedule
 from agents.learner import LMLearner
 from agents.models import load_model
+from agents.png import address
 from agents.session import env_maker
 from agents.sft import SftConfig
 from agents.store import TrajectoryWriter
@@ -198,3 +199,34 @@ def test_the_cache_key_is_the_content(model_folder):
         cache_key(model, ledgers, w, c, 0, ("never",)), cache_key(model.double(), ledgers, w, c, 0),
     ]  # fmt: skip
     assert len({key, *others}) == 7
+
+
+def test_images_of_a_file_and_of_a_run(tmp_path):
+    from envs import Verdict
+    from tests.agents.seeing import picture_format, scene, seeing_model, seeing_tokenizer
+
+    tokenizer = seeing_tokenizer()
+    chat = ChatFormat(tokenizer, pictures=picture_format(seeing_model("qwen3_vl", tokenizer), "qwen3_vl"))
+    scene("red").save(tmp_path / "red.png")
+    said = {"role": "assistant", "content": "red"}
+    parts = [{"type": "image", "image": "red.png"}, {"type": "image_url", "image_url": {"url": address(scene("red"))}}]
+    lines = [{"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, said]} for part in parts]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    one, two = (record(chat, c) for c in sft.read(tmp_path / "a.jsonl"))
+    assert one.concat() == two.concat() and one.pictures.keys() == two.pictures.keys()
+    assert batch_of([one, two]).media.keys() == {f"{p.key}{end}" for p in one.shown() for end in ("", ".grid")}
+    for url in ("https://x/y.png", "missing.png", "data:image/png;base64,!!", "a.jsonl", "data:,", "../../etc/passwd"):
+        lines[0]["messages"][0]["content"] = [{"type": "image", "image": url}]
+        (tmp_path / "b.jsonl").write_text(json.dumps(lines[0]))
+        with pytest.raises(UsageError, match=r"b\.jsonl:1: .*(not fetched|holds no image)"):
+            sft.read(tmp_path / "b.jsonl")
+    messages = [{"role": "user", "content": [{"type": "image", "image": scene("red")}]}, said]
+    ledger = record(chat, Conversation(tuple(messages)))
+    with TrajectoryWriter(tmp_path / "run" / "trajectories") as writer:
+        verdict = Verdict(1.0, {"correct": 1.0}, {})
+        writer.append(Trajectory("t", 0, "train", 1, 0, 0, ledger=ledger, verdict=verdict, messages=messages))
+    (found,) = sft.of_run(tmp_path / "run", chat, only_correct=True)
+    assert found.pictures.keys() == ledger.pictures.keys()
+    small = ChatFormat(tokenizer, pictures=picture_format(seeing_model("qwen2_5_vl", tokenizer), "qwen2_5_vl"))
+    with pytest.raises(UsageError, match="do not give the pictures"):
+        sft.of_run(tmp_path / "run", small, only_correct=True)
