@@ -2,7 +2,8 @@
 
 Nothing that comes out of a worker can run code here: it read text that a model wrote, so it is trusted with the
 verdicts it gives and with nothing else. JSON is extended by tuples, mappings with any keys, bytes, numpy arrays and
-pictures; arrays and pictures travel as their raw bytes, and come back equal to the bit.
+pictures; arrays and pictures travel as their raw bytes, and come back equal to the bit (pictures with a palette as
+RGBA).
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ MAX_MESSAGE = 256 * 1024 * 1024
 _HEADER = struct.Struct(">I")
 _TAG = "$"
 _LEAVES = frozenset({str, int, float, bool, type(None)})
-_MODES = ("1", "L", "LA", "RGB", "RGBA", "I", "F")
+MAX_PIXELS = 16_000_000
+"""Pixels of one picture."""
+_MODES = frozenset(
+    "1 L LA La RGB RGBA RGBa RGBX CMYK YCbCr HSV LAB I F I;16 I;16L I;16B".split()  # all that need no palette
+)
 
 
 def encode(value: Any) -> bytes:
-    """Plain data as bytes. TypeError names what is none."""
+    """Plain data as bytes. TypeError names what is none; ValueError a picture that is too large."""
     return _WRITER.encode(_plain(value)).encode()
 
 
@@ -69,6 +74,7 @@ def _tagged(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(x) for x in value]
     if hasattr(value, "tobytes") and hasattr(value, "mode") and hasattr(value, "size"):  # a picture of Pillow's
+        _check_size(value.size)
         picture = value if value.mode in _MODES else value.convert("RGBA")
         return {_TAG: "image", "mode": picture.mode, "size": list(picture.size), "v": _text(picture.tobytes())}
     raise TypeError(
@@ -96,8 +102,20 @@ def _rich(item: dict[str, Any]) -> Any:
     if kind == "image" and item["mode"] in _MODES:
         from PIL import Image
 
-        return Image.frombytes(item["mode"], (int(item["size"][0]), int(item["size"][1])), data)
+        width, height = item["size"]
+        _check_size((width, height))
+        return Image.frombytes(item["mode"], (width, height), data)
     raise ValueError(f"unknown kind of value {str(kind)[:40]!r}")
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    """Raise ValueError for a picture that nobody should make room for."""
+    width, height = size
+    if not (type(width) is type(height) is int and width >= 0 and height >= 0 and width * height <= MAX_PIXELS):
+        raise ValueError(
+            f"a picture of {width} x {height} pixels cannot leave an environment worker: "
+            f"at most {MAX_PIXELS} pixels do; show a smaller one"
+        )
 
 
 _WRITER = json.JSONEncoder(separators=(",", ":"))

@@ -39,6 +39,7 @@ class Faulty(ChatEnv):
         told: Any = f"result {self.episode.turns - 1}"
         if self.episode.turns == 2 and self.at == "step" and self.episode.task.index in self.on:
             told = object() if self.what == "object" else told
+            told = [{"type": "image", "image": poster()}] if self.what == "poster" else told
             self.do()
         return Reply(({"role": "tool", "name": "say", "content": told},), done=self.episode.turns == 3)
 
@@ -74,6 +75,13 @@ class Faulty(ChatEnv):
                 raise KeyError("as told")
             case "file":
                 raise FileNotFoundError(2, "No such file or directory", "/no/such/file")
+
+
+def poster() -> Any:
+    """A picture of 25 million pixels."""
+    from PIL import Image
+
+    return Image.new("1", (5000, 5000))
 
 
 @dataclass(frozen=True)

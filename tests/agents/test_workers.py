@@ -30,6 +30,8 @@ from policy_opt.protocols import Job
 from tests.agents.faulty import Faulty, Shouting
 from tests.agents.test_rollout import jobs, setup
 from tests.agents.test_unfinished import in_windows
+from tests.envs.spot import Spot
+from tests.tools.picture_tools import pattern
 from tools.processes import family, resident_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,9 +175,48 @@ def test_nothing_but_plain_data_travels() -> None:
         with pytest.raises(TypeError, match="cannot leave"):
             encode([value])
     for text in (b"{", b"[" * 100_000, b'{"$":"array","type":"O","shape":[1],"v":""}', b'{"$":"pickle","v":""}',
-                 b'{"$":"image","mode":"RGB","size":[9],"v":""}', b'{"$":"bytes","v":"*"}', b"\xff"):  # fmt: skip
+                 b'{"$":"image","mode":"RGB","size":[9],"v":""}', b'{"$":"bytes","v":"*"}', b"\xff",
+                 b'{"$":"image","mode":"P","size":[1,1],"v":"AA=="}'):  # fmt: skip
         with pytest.raises(ValueError):
             decode(text)
+
+
+MODES = ["1", "L", "LA", "La", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16", "I;16B"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pictures_of_any_mode_arrive_equal_to_the_pixel(mode: str) -> None:
+    picture = pattern(mode, 9, 4)
+    assert decode(encode({"a": (picture,)})) == {"a": (picture,)}
+
+
+def test_pictures_with_a_palette_arrive_in_their_colours() -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([1, 2, 3, 4, 5, 6])
+    picture.putdata([0, 1])
+    seen = decode(encode(picture))
+    assert seen.mode == "RGBA" and seen.tobytes() == bytes([1, 2, 3, 255, 4, 5, 6, 255])
+
+
+def test_no_picture_makes_this_process_take_more_memory_than_pictures_may() -> None:
+    assert decode(encode(Image.new("1", (4000, 4000)))).size == (4000, 4000)
+    with pytest.raises(ValueError, match="4001 x 4000 pixels cannot leave"):
+        encode(Image.new("1", (4001, 4000)))
+    for size in ("[1000000,1000000]", "[-1,5]", "[1e9,1e9]", "[Infinity,1]", '["9","9"]', "[true,1]", "{}", "[1,1,1]"):
+        with pytest.raises(ValueError):
+            decode(f'{{"$":"image","mode":"L","size":{size},"v":""}}'.encode())
+
+
+def test_an_environment_with_images_plays_the_same_in_workers(start) -> None:
+    """Openings and tool results, to the pixel; an evaluation counts the same."""
+    pool = start("tests.envs.spot:Spot", 2)
+    for script in ("oracle", "random"):
+        here, there = ([plain(t) for t in play_text(jobs(5), m, Scripted(script), Limits(), 3)] for m in (Spot, pool))
+        assert here == there
+    shown = [part for t in there for m in t["messages"] if isinstance(m["content"], list) for part in m["content"]]
+    assert {part["image"].size for part in shown if part["type"] == "image"} == {(56, 56), (28, 28)}
+    found = evaluate(TextPlayer(pool, Scripted("oracle"), Limits()), "spot", episodes=8)
+    assert found.success.mean == 1.0 and found.tool_calls.mean == 1.0 and not pool.losses
 
 
 # ---------------------------------------------------------------------------------------- losses are outcomes
@@ -224,7 +265,9 @@ def test_memory_has_a_ceiling(start, what: str) -> None:
 
 
 def test_an_exit_or_an_unreadable_message_costs_one_episode(start) -> None:
-    for what, reason in (("leave", "error:SystemExit"), ("object", "error:TypeError")):
+    for what, reason in (
+        ("leave", "error:SystemExit"), ("object", "error:TypeError"), ("poster", "error:ValueError"),
+    ):  # fmt: skip
         pool = start(FAULTY, 1, what=what, on=[1])
         assert [t.stop_reason for t in talk(pool, 3, threads=1)] == ["answered", reason, "answered"]
         assert not pool.losses
