@@ -380,5 +380,12 @@ def _safe(text: str) -> str:
     return escape(text.encode("utf-8", "replace").decode("utf-8"))
 
 
+def user_errors() -> tuple[type[BaseException], ...]:
+    """What the user got wrong: one line and exit code 2."""
+    from agents.skeleton import ChatFormatError
+
+    return (ChatFormatError,)
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, user_errors)

@@ -91,12 +91,14 @@ def test_an_environment_must_be_named():
         eval_command.main(["--model", "scripted:oracle"])
 
 
-def test_a_mistake_exits_with_2_and_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "agents.eval", "--env", "tol_qa"], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "did you mean" in done.stderr
+@pytest.mark.parametrize(
+    ("env", "message"), [("tol_qa", "did you mean"), ("tests.envs.spot:Spot", "this model reads text only")]
+)
+def test_a_mistake_exits_with_2_and_one_line(env, message):
+    command = [sys.executable, "-m", "agents.eval", "--env", env, "--episodes", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout.strip() == ""
+    assert done.stderr.count("\n") == 1 and message in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,13 @@ from agents import stats
 from agents.engines.base import Said
 from agents.engines.scripted import Scripted
 from agents.evaluate import EvalResult, TextPlayer, evaluate, summarise
+from agents.recording import store
 from agents.rollout import Limits
 from agents.runfolder import plain
+from agents.store import TrajectoryReader
+from agents.view import write_report
 from tests.agents.parity import Parity
+from tests.envs.spot import Spot
 
 ENV = "tests.agents.parity:Parity"
 
@@ -130,6 +134,21 @@ def test_the_record_is_plain_json_and_complete():
     assert record["pass_at"]["2"] == list(result.pass_at[2])
     assert record["levels"][1]["level"] == 2 and len(record["levels"][1]["success"]) == 3
     assert list(itertools.chain(*record["correct"])) == list(itertools.chain(*result.correct))
+
+
+def test_episodes_with_images_are_evaluated_stored_and_reported(tmp_path):
+    kept = []
+    player = TextPlayer(lambda: Spot(split="eval"), Scripted("oracle"), Limits())
+    result = evaluate(player, "tests.envs.spot:Spot", episodes=6, keep=kept.extend)
+    json.dumps(plain(result.as_dict()), allow_nan=False)
+    assert result.success == stats.wilson(6, 6) and result.tool_calls.mean == 1.0
+    store(tmp_path / "trajectories", kept, label="eval")
+    back = list(TrajectoryReader(tmp_path / "trajectories"))
+    assert [t.messages for t in back] == [t.messages for t in kept]
+    page = write_report(tmp_path).read_text()
+    distinct = {p["image"].tobytes() for t in kept for m in t.messages if m["role"] != "assistant" for p in m["content"]
+                if p["type"] == "image"}  # fmt: skip
+    assert page.count(' data-kind="image/png">') == len(distinct) == 12
 
 
 @pytest.mark.parametrize("options", [{"episodes": 0}, {"k": ()}, {"k": (0, 2)}])
