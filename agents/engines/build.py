@@ -46,7 +46,7 @@ def build_engine(
         )
     if config.lora.rank > MOST_RANK and not config.vllm.merge:
         raise UsageError(f"vLLM takes adapters up to rank {MOST_RANK}: give --vllm.merge, or a smaller --lora.rank")
-    return colocated(config.vllm, precision(config), world, model, **how)
+    return colocated(config.vllm, precision(config), world, model, tokenizer=chat.tokenizer, **how)
 
 
 def colocated(

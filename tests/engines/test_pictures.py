@@ -36,6 +36,8 @@ from tests.agents.seeing import (
     seeing_model,
     seeing_tokenizer,
 )
+from tests.agents.test_pictures_runs import demonstrated, small
+from tests.agents.test_train import start
 from tests.engines.test_server import ready, serving
 
 pytestmark = pytest.mark.engines
@@ -357,3 +359,32 @@ def test_adapters_are_delivered_alone(torchvision):
             shift(model)
     finally:
         eyes.engine.shutdown()
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def run(folder: Path, model: Path, **changes):
+    """Two iterations on an environment that shows pictures and has a tool that returns some."""
+    config = small(str(model), warm=demonstrated(), engine="vllm", **changes)
+    trainer = start(config, folder)
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """Weights that can be trained."""
+    return seeing_folder(tmp_path_factory.mktemp("model") / "seeing", "qwen3_vl", scale=1.0)
+
+
+def test_a_run_samples_what_it_trains(torchvision, model_folder, tmp_path):
+    trainer = run(tmp_path / "run", model_folder, vllm=VllmConfig(kv_gib=0.25))
+    assert max(m["logp_gap"] for m in trainer.history) <= GAP and max(m["sync_gap"] for m in trainer.history) <= GAP
+    assert all(t.ledger.pictures for t in trainer.session.actor.played)
+
+
+def test_a_run_over_a_server_samples_what_it_trains(torchvision, model_folder, tmp_path):
+    with serving(tmp_path, "--max-context", "512", model=str(model_folder)) as server:
+        trainer = run(tmp_path / "run", model_folder, vllm=VllmConfig(servers=(ready(server).url,)))
+    assert max(m["logp_gap"] for m in trainer.history) <= GAP and max(m["sync_gap"] for m in trainer.history) <= GAP
