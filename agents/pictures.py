@@ -51,6 +51,11 @@ class Picture:
         grid = list(self.grid)
         return {"key": self.key, "rgb_HW3": rgb_HW3, "patches_PD": self.patches_PD, "grid": grid, "length": self.length}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Plain bytes: torch hands tensors to other processes through shared memory, for which these must be relatives.
+        pixels = (self.image.size, self.image.tobytes())
+        return _unpickled, (self.key, *pixels, self.patches_PD.numpy(), self.grid, self.length)
+
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Picture:
         """Inverse of `state_dict`."""
@@ -168,6 +173,12 @@ def placed(ids: Sequence[int], pictures: Sequence[Picture], pad_id: int) -> list
             f"placeholders of {[n for _, n in found]} tokens stand for pictures of {[p.length for p in pictures]}"
         )
     return [(start, picture) for (start, _), picture in zip(found, pictures, strict=True)]
+
+
+def _unpickled(
+    key: int, size: tuple[int, int], rgb: bytes, patches_PD: np.ndarray, grid: tuple[int, int, int], length: int
+) -> Picture:
+    return Picture(key, Image.frombytes("RGB", size, rgb), torch.from_numpy(patches_PD), grid, length)
 
 
 def _name(image: Image.Image) -> int:

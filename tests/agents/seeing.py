@@ -1,8 +1,12 @@
-"""Small random vision-language models of real architectures, and pictures for them."""
+"""Small random vision-language models of real architectures, and pictures for them.
+
+`python -m tests.agents.seeing FOLDER` writes one that can be trained.
+"""
 
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +104,7 @@ def scene(colour: str, width: int = 56, height: int = 56, at: float = 0.5) -> Im
     x, y, r = at * width, height / 2, min(width, height) / 4
     ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=colour)
     return image
+
+
+if __name__ == "__main__":
+    print(seeing_folder(Path(sys.argv[1]), "qwen3_vl", scale=1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -232,8 +233,10 @@ def test_resized_as_the_processor_would(kind: str, model: Any, size: tuple[int, 
     assert list(picture.grid) == want["image_grid_thw"][0].tolist()
     again = picture_format(model, kind).read(picture.image)
     assert again.key == picture.key and torch.equal(again.patches_PD, picture.patches_PD)
-    back = Picture.from_state(picture.state_dict())
-    assert back.image.tobytes() == picture.image.tobytes() and back.grid == picture.grid
+    for back in (Picture.from_state(picture.state_dict()), pickle.loads(pickle.dumps(picture))):
+        assert back.image.tobytes() == picture.image.tobytes() and back.image.size == picture.image.size
+        assert torch.equal(back.patches_PD, picture.patches_PD)
+        assert (back.key, back.grid, back.length) == (picture.key, picture.grid, picture.length)
 
 
 def test_what_is_no_picture(chat: ChatFormat) -> None:

@@ -11,7 +11,16 @@ from PIL import Image
 
 from agents import eval as evaluation
 from agents.chat import ChatFormatError
-from agents.config import EvalConfig, LoraConfig, OptimConfig, RolloutConfig, SaveConfig, TrainConfig, WarmConfig
+from agents.config import (
+    AheadConfig,
+    EvalConfig,
+    LoraConfig,
+    OptimConfig,
+    RolloutConfig,
+    SaveConfig,
+    TrainConfig,
+    WarmConfig,
+)
 from agents.models import chat_of, load_model
 from agents.store import TrajectoryReader
 from tests.agents.seeing import KINDS, seeing_folder
@@ -49,6 +58,7 @@ def demonstrated(episodes: int = 24, epochs: int = 2) -> WarmConfig:
         ("grpo", {"packing": "never", "recompute": True}),
         ("grpo", {"lora": LoraConfig(rank=4)}),
         ("grpo", {"workers": 2}),
+        ("grpo", {"ahead": AheadConfig(on=True)}),
     ],
 )  # fmt: skip
 def test_sampler_and_trainer_agree(folder, tmp_path, algo, changes):
