@@ -23,8 +23,8 @@ class TooLarge(ValueError):
 
 def is_image(value: Any) -> bool:
     """Whether `value` is a PIL image."""
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(value, pillow.Image)
+    kind = getattr(sys.modules.get("PIL.Image"), "Image", None)  # None also while another thread imports it
+    return kind is not None and isinstance(value, kind)
 
 
 def parts_of(value: Any) -> list[Any] | None:

@@ -91,7 +91,8 @@ class Toolbox:
     def _run(self, tool: Tool, call: ToolCall) -> ToolResult:
         limit = self._limit(tool)
         if limit is not None:
-            outcome = worker.run(tool.fn, dict(call.arguments), limit, self.max_output_chars + 1)
+            # Two more, so that words that end at the limit, and a space, do not look whole.
+            outcome = worker.run(tool.fn, dict(call.arguments), limit, self.max_output_chars + 2)
             if outcome.error is not None:
                 return self._failed(call, outcome.error, outcome.text)
             return self._done(call, outcome.value)

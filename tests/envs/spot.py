@@ -52,7 +52,7 @@ class Spot(ChatEnv):
     name = "spot"
     scripts = {"oracle": looks, "direct": answers_at_once, "random": random_agent}  # noqa: RUF012
     hacks = COMMON_HACKS
-    demonstrators = {"oracle": 1.0, "direct": 1.0}  # noqa: RUF012
+    demonstrators = {"oracle": 0.5, "direct": 0.5}  # noqa: RUF012
 
     def task(self, split: str, index: int, level: int | str | None = None) -> Task:
         rng = np.random.default_rng([self.splits.index(split), index])

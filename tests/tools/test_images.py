@@ -80,6 +80,15 @@ def test_words_are_cut_and_images_stay(call, words, images, limit, shown):
         assert result.parts is None and result.text == f'["{"x" * 10}"]'[: limit - len(CUT)] + CUT
 
 
+def test_a_worker_cuts_where_this_process_cuts():
+    boxes = [Tool.from_function(picture_tools.mixed, timeout_s=limit) for limit in (None, 60.0)]
+    for limit in range(9, 40):
+        here, there = (
+            Toolbox([tool], max_output_chars=limit).call(ToolCall("mixed", {"words": 9, "images": 2})) for tool in boxes
+        )
+        assert here == there and len(here.text) <= limit and here.truncated == (limit < 25), limit
+
+
 @given(st.lists(st.text(max_size=12) | st.none(), max_size=12), st.integers(10, 60))
 @settings(deadline=None, max_examples=60)
 def test_results_with_images_are_encodable_and_bounded(texts, limit):
