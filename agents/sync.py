@@ -18,13 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from agents.cli import UsageError
 from agents.dist import World
 from agents.engines.base import EngineFailure
 from agents.engines.reference import plain_log_probs
+from agents.pictures import Picture, PictureFormat
 
 GAPS = {torch.float32: 1e-3}
 """Default limit of the largest difference, by the engine's type."""
@@ -47,14 +51,34 @@ class Receiver(Protocol):
         """
         ...
 
-    def log_probs(self, ids: Sequence[int]) -> list[float]:
+    def log_probs(self, ids: Sequence[int], pictures: Sequence[Picture] = ()) -> list[float]:
         """Log-prob of each id of a row given those before it, all but the first, at temperature 1, nothing banned.
+
+        pictures: those whose placeholders stand in `ids`, in order.
 
         An engine that has several copies of the weights appends what each of them says.
 
         Raises EngineFailure.
         """
         ...
+
+
+def probe_of(model: Any, most: int, pictures: PictureFormat | None) -> tuple[list[int], list[Picture]]:
+    """Ids that a check scores, at most so many, and for a model that reads pictures one that stands among them.
+
+    Without it a tower whose weights did not arrive would not show.
+    """
+    vocab_size = model.get_output_embeddings().weight.shape[0]
+    if pictures is None:
+        return probe_ids(vocab_size, most), []
+    side = 2 * pictures.side
+    bands = np.arange(side * side * 3, dtype=np.uint32).reshape(side, side, 3)
+    picture = pictures.read(Image.fromarray((bands * 2654435761 >> 24).astype(np.uint8), "RGB"))
+    shown = pictures.ids(picture)
+    words = probe_ids(vocab_size, most - len(shown), avoid=(pictures.pad_id, pictures.start_id, pictures.end_id))
+    if len(words) < 2:
+        raise UsageError(f"a context of {most} tokens has no room for a picture of {len(shown)}")
+    return [*words[:1], *shown, *words[1:]], [picture]
 
 
 def probe_ids(vocab_size: int, length: int, avoid: Sequence[int] = ()) -> list[int]:
@@ -101,10 +125,20 @@ class WeightSync:
             reproduce.
         probe: ids that are scored.
         limit: largest difference of log-probs that is accepted.
+        pictures: those whose placeholders stand in the probe.
     """
 
-    def __init__(self, engine: Receiver, model: Any, world: World, probe: Sequence[int], limit: float):
-        self.engine, self.model, self.world, self.probe = engine, model, world, list(probe)
+    def __init__(
+        self,
+        engine: Receiver,
+        model: Any,
+        world: World,
+        probe: Sequence[int],
+        limit: float,
+        pictures: Sequence[Picture] = (),
+    ):
+        self.engine, self.model, self.world = engine, model, world
+        self.probe, self.pictures = list(probe), list(pictures)
         self.verifier = Verifier(limit)
         self.delivered: int | None = None
         self.gap = self.seconds = 0.0
@@ -119,14 +153,15 @@ class WeightSync:
     def _follow(self, version: int) -> str:
         """Deliver and verify; what went wrong, or nothing."""
         with torch.no_grad(), self.world.autocast():
-            ours = plain_log_probs(self.model, self.probe).double().cpu()
+            ours = plain_log_probs(self.model, self.probe, pictures=self.pictures).double().cpu()
         try:
             if self.delivered != version:
                 began = time.monotonic()
                 self.engine.deliver(self.model, version)
                 self.seconds += time.monotonic() - began
                 self.delivered = self.engine.version = version
-            theirs = torch.tensor(self.engine.log_probs(self.probe), dtype=torch.float64).view(-1, len(ours))
+            scored = self.engine.log_probs(self.probe, self.pictures)
+            theirs = torch.tensor(scored, dtype=torch.float64).view(-1, len(ours))
         except EngineFailure as error:
             return str(error)
         self.gap, wrong = self.verifier.check(ours, theirs)

@@ -13,7 +13,7 @@ from agents.dist import World
 from agents.engines.base import Engine, SampleParams
 from agents.engines.vllm import MOST_RANK, VllmEngine
 from agents.engines.vllm_server import ServerEngine, carries, refuse_options, refuse_server_options
-from agents.sync import COARSE, GAPS, WeightSync, probe_ids
+from agents.sync import COARSE, GAPS, WeightSync, probe_of
 
 
 def build_engine(
@@ -54,7 +54,7 @@ def colocated(
 ) -> tuple[Engine, WeightSync]:
     """vLLM beside this process; `how` as `VllmEngine` takes it."""
     engine = VllmEngine(settings, dtype=dtype, device=world.device, **how)
-    return engine, WeightSync(engine, model, world, probe(model, engine.max_context), limit(settings, dtype))
+    return engine, _verified(engine, model, world, limit(settings, dtype))
 
 
 def _servers(config: TrainConfig, world: World, model: Any, how: dict[str, Any]) -> tuple[Engine, WeightSync]:
@@ -62,7 +62,13 @@ def _servers(config: TrainConfig, world: World, model: Any, how: dict[str, Any])
     refuse_options(config.vllm)
     dtype = precision(config)
     engine = ServerEngine(config.vllm, carries=carries(config.vllm, model), dtype=dtype, world=world, **how)
-    return engine, WeightSync(engine, model, world, probe(model, engine.max_context), limit(config.vllm, dtype))
+    return engine, _verified(engine, model, world, limit(config.vllm, dtype))
+
+
+def _verified(engine: VllmEngine | ServerEngine, model: Any, world: World, gap: float) -> WeightSync:
+    """Brings the engine weights; the probe leaves room for the token that the engine adds."""
+    probe, pictures = probe_of(model, engine.max_context - 1, engine.pictures)
+    return WeightSync(engine, model, world, probe, gap, pictures)
 
 
 def precision(config: TrainConfig) -> torch.dtype:
@@ -75,8 +81,3 @@ def precision(config: TrainConfig) -> torch.dtype:
 def limit(settings: VllmConfig, dtype: torch.dtype) -> float:
     """Largest difference of log-probs that the check after a sync accepts."""
     return settings.gap if settings.gap is not None else GAPS.get(dtype, COARSE)
-
-
-def probe(model: Any, max_context: int) -> list[int]:
-    """Ids that a check scores: valid for the model, with room for the token that the engine adds."""
-    return probe_ids(model.get_output_embeddings().weight.shape[0], max_context - 1)

@@ -9,18 +9,30 @@ import torch
 from torch import Tensor
 
 from agents.engines.base import Engine, Key
+from agents.pictures import Picture
 
 _PREFIX, _FEED, _DRAW = 20, 5, 3  # tokens: enough to exercise shared prefix, feeding and decoding
 
 
 @torch.no_grad()
-def plain_log_probs(model: Any, ids: Sequence[int], banned_ids: Sequence[int] = (), temperature: float = 1.0) -> Tensor:
+def plain_log_probs(
+    model: Any,
+    ids: Sequence[int],
+    banned_ids: Sequence[int] = (),
+    temperature: float = 1.0,
+    pictures: Sequence[Picture] = (),
+) -> Tensor:
     """Log-prob of each token of a row given those before it, by one ordinary forward. [T - 1]"""
     device = model.get_output_embeddings().weight.device
     row = torch.tensor([list(ids)], device=device)
     training = model.training
     model.eval()
-    logits_TV = model(input_ids=row, use_cache=False).logits[0, :-1]
+    more: dict[str, Any] = {}
+    if pictures:
+        more["pixel_values"] = torch.cat([picture.patches_PD for picture in pictures]).to(device)
+        more["image_grid_thw"] = torch.tensor([picture.grid for picture in pictures], device=device)
+        more["mm_token_type_ids"] = (row == model.config.image_token_id).int()
+    logits_TV = model(input_ids=row, use_cache=False, **more).logits[0, :-1]
     model.train(training)
     logits_TV = (logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()) / (temperature or 1.0)
     logits_TV[:, [i for i in banned_ids if i < logits_TV.shape[-1]]] = float("-inf")

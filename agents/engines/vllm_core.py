@@ -54,6 +54,8 @@ class Core:
     def __init__(self, options: Mapping[str, Any], convention: Convention):
         from vllm import LLM
 
+        if "limit_mm_per_prompt" in options:
+            _import_torchvision()
         self.llm = LLM(**options)
         self.convention = convention
         self.adapter: Any = None
@@ -134,6 +136,18 @@ class Core:
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
         """A method of vLLM's workers."""
         return self.llm.collective_rpc(method, args=arguments)
+
+
+def _import_torchvision() -> None:
+    """RuntimeError where vLLM could not read pictures; it would say only that it cannot inspect the model."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # a build for another torch raises the latter
+        first = str(error).strip().split("\n")[0]
+        raise RuntimeError(
+            f"it reads pictures with torchvision, which cannot be imported ({first}): install the build that goes "
+            f"with its torch, pip install torchvision"
+        ) from error
 
 
 def _done(out: Any) -> Done:

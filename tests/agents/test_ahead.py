@@ -55,8 +55,8 @@ class OwnWeights(HFEngine):
         self.version = version
         self.reset()
 
-    def log_probs(self, ids):
-        return plain_log_probs(self.model, ids).tolist()
+    def log_probs(self, ids, pictures=()):
+        return plain_log_probs(self.model, ids, pictures=pictures).tolist()
 
 
 def in_thread(trainer: Trainer) -> Trainer:

@@ -17,7 +17,8 @@ from agents.dist import World
 from agents.engines.base import EngineFailure
 from agents.engines.reference import plain_log_probs
 from agents.session import build
-from agents.sync import Verifier, WeightSync, probe_ids, write_model
+from agents.sync import Verifier, WeightSync, probe_ids, probe_of, write_model
+from tests.agents.seeing import picture_format, seeing_model, seeing_tokenizer
 from tests.agents.small import qwen3, spread
 from tests.agents.test_train import model_folder, small  # noqa: F401  (fixtures)
 
@@ -26,7 +27,7 @@ class Copy:
     """A second module that gets weights, unless told to lose them."""
 
     def __init__(self, model):
-        self.model, self.version, self.loses = qwen3(len(model.model.embed_tokens.weight)), -1, ()
+        self.model, self.version, self.loses = copy.deepcopy(model), -1, ()
         self.deliveries = 0
 
     def deliver(self, model, version):
@@ -34,8 +35,8 @@ class Copy:
         state = {n: t for n, t in model.state_dict().items() if not any(n.startswith(lost) for lost in self.loses)}
         self.model.load_state_dict(state, strict=False)
 
-    def log_probs(self, ids):
-        return plain_log_probs(self.model, ids).tolist()
+    def log_probs(self, ids, pictures=()):
+        return plain_log_probs(self.model, ids, pictures=pictures).tolist()
 
 
 def shift(model, scale):
@@ -62,6 +63,25 @@ def test_weights_go_out_when_the_version_changes_and_are_checked_always(pair):
     with pytest.raises(EngineFailure, match=r"version 2: .* off the trainer's; at most 0\.001 is rounding") as failure:
         sync(2)
     assert failure.value.everywhere
+
+
+@pytest.mark.parametrize("lost", ["model.visual", "model.visual.patch_embed", "model.language_model.layers.1"])
+def test_a_vision_tower_that_stays_behind_is_found(lost):
+    model = seeing_model("qwen3_vl", seeing_tokenizer())
+    probe, pictures = probe_of(model, 64, picture_format(model, "qwen3_vl"))
+    assert len(probe) <= 64 and len(pictures) == 1
+    engine = Copy(model)
+    sync = WeightSync(engine, model, World(), probe, 1e-3, pictures)
+    sync(0)
+    engine.loses = (lost,)
+    shift(model, 0.05)
+    with pytest.raises(EngineFailure, match="off the trainer's"):
+        sync(1)
+    engine.loses = ()
+    sync.delivered = None
+    sync(1)
+    with pytest.raises(UsageError, match="no room for a picture"):
+        probe_of(model, 5, picture_format(model, "qwen3_vl"))
 
 
 @pytest.mark.parametrize("lost, scale, words", [
