@@ -19,6 +19,7 @@ from agents import export
 from agents.cli import UsageError
 from agents.engines.base import SampleParams
 from agents.ledger import Ledger
+from agents.runfolder import RunFolder
 from agents.store import DATA, INDEX, StoreError, TrajectoryReader, TrajectoryWriter, pack, unpack
 from agents.stored_images import IMAGES
 from agents.trajectory import Trajectory, TurnInfo
@@ -324,6 +325,24 @@ def test_a_full_disk_leaves_no_half_image(tmp_path: Path, monkeypatch: pytest.Mo
         assert files(tmp_path) == [] and len(writer) == 0
         writer.append(with_images(pattern("RGB")))
     same(TrajectoryReader(tmp_path)[0], with_images(pattern("RGB")))
+
+
+def test_a_run_that_is_rewound_loses_later_images_and_writes_them_again(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", tmp_path, "x")
+    store = run.path / "trajectories"
+    early, late = with_images(pattern("RGB")), with_images(pattern("L"), seed=1)
+    with TrajectoryWriter(store) as writer:
+        writer.append(early)
+    mark, kept = run.mark(), files(store)
+    for _ in range(2):
+        with TrajectoryWriter(store) as writer:
+            writer.append(late)
+        assert len(files(store)) == 2
+        same(TrajectoryReader(store)[1], late)
+        run.rewind(mark)
+        assert files(store) == kept
+        same(TrajectoryReader(store)[0], early)
+    run.close()
 
 
 def test_columns_must_fit() -> None:
