@@ -23,10 +23,12 @@ from transformers import AutoConfig
 from agents import lora, serve
 from agents.chat import ChatFormat
 from agents.config import LoraConfig, VllmConfig
+from agents.dist import World
 from agents.engines.base import EngineFailure, SampleParams
 from agents.engines.vllm import VllmEngine
 from agents.engines.vllm_server import ServerEngine
 from agents.pictures import Picture, PictureError, PictureFormat
+from agents.sync import WeightSync, probe_of
 from tests.agents.seeing import (
     KINDS,
     picture_format,
@@ -220,7 +222,7 @@ def test_placeholders_that_do_not_fit_are_refused_before_anything_is_asked(eyes)
 
 
 @pytest.mark.parametrize("part", ["visual", "language_model"])
-def test_delivered_weights_are_sampled_from_tower_and_text(eyes, part, monkeypatch):
+def test_delivered_weights_are_sampled_from_tower_and_text(eyes, part):
     """The picture was shown to the old weights: nothing of what they made of it is kept."""
     engine, (picture,) = eyes.engine, eyes.read(scene("red", 84, 84))
     ids = [*eyes.fed([picture]), *range(70, 80)]
@@ -242,6 +244,22 @@ def test_delivered_weights_are_sampled_from_tower_and_text(eyes, part, monkeypat
     engine.deliver(eyes.model, engine.version + 1)
     assert (score() - ours).abs().max() <= GAP
     assert eyes.gap(ids, turn(), [picture]) <= GAP
+
+
+@pytest.mark.parametrize("part", ["visual", "language_model"])
+def test_weights_that_were_not_delivered_are_found(eyes, part, monkeypatch):
+    """In the tower, too: the probe has a picture."""
+    probe, pictures = probe_of(eyes.model, CONTEXT - 1, eyes.pictures)
+    sync = WeightSync(eyes.engine, eyes.model, World(), probe, 1e-3, pictures)
+    sync(eyes.engine.version + 1)
+    assert sync.gap <= GAP
+    call = eyes.engine.process.call
+    with monkeypatch.context() as patch:
+        patch.setattr(eyes.engine.process, "call", lambda name, *rest: None if name == "load" else call(name, *rest))
+        shift(getattr(eyes.model.model, part), 0.01)
+        with pytest.raises(EngineFailure, match="weight sync, version"):
+            sync(eyes.engine.version + 1)
+    eyes.engine.deliver(eyes.model, eyes.engine.version + 1)
 
 
 def test_what_was_kept_of_a_picture_goes_with_the_weights_that_made_it(eyes):
@@ -273,6 +291,15 @@ def test_a_tied_head_is_delivered_whole(torchvision, kind):
         eyes.engine.shutdown()
 
 
+def test_without_torchvision_it_says_what_to_install(monkeypatch):
+    if importlib.util.find_spec("torchvision") is not None:
+        pytest.skip("torchvision is there")
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # where the other tests have it
+    eyes = Eyes(KINDS[0])
+    with pytest.raises(EngineFailure, match=r"it reads pictures with torchvision, .*: install the build"):
+        eyes.engine.deliver(eyes.model, 0)
+
+
 def test_an_engine_for_text_takes_no_pictures():
     engine = VllmEngine(VllmConfig(), stop_ids=[1], max_context=64)
     eyes = Eyes(KINDS[0])
@@ -287,11 +314,15 @@ def test_an_engine_for_text_takes_no_pictures():
 
 
 @pytest.fixture(scope="module")
-def served(torchvision, tmp_path_factory):
+def model_folder(tmp_path_factory) -> Path:
+    """Weights that can be trained."""
+    return seeing_folder(tmp_path_factory.mktemp("model") / "seeing", "qwen3_vl", scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def served(torchvision, model_folder, tmp_path_factory):
     """A server of a small model, as the documented command starts it."""
-    folder = tmp_path_factory.mktemp("served")
-    seeing_folder(folder / "seeing", "qwen3_vl")
-    with serving(folder, "--max-context", str(CONTEXT), model=str(folder / "seeing")) as server:
+    with serving(tmp_path_factory.mktemp("served"), "--max-context", "512", model=str(model_folder)) as server:
         yield ready(server)
 
 
@@ -306,7 +337,7 @@ def test_a_server_samples_scores_and_takes_weights_of_a_model_that_reads_picture
     for version in range(3):
         if version:
             shift(eyes.model.model.visual if version == 1 else eyes.model.model.language_model, seed=version)
-            engine.deliver(eyes.model, version)
+        engine.deliver(eyes.model, version)
         rows = {key: eyes.fed(pictures) for key, pictures in shown.items()}
         for turn in range(2):
             for key in rows:
@@ -372,19 +403,12 @@ def run(folder: Path, model: Path, **changes):
     return trainer
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    """Weights that can be trained."""
-    return seeing_folder(tmp_path_factory.mktemp("model") / "seeing", "qwen3_vl", scale=1.0)
-
-
 def test_a_run_samples_what_it_trains(torchvision, model_folder, tmp_path):
     trainer = run(tmp_path / "run", model_folder, vllm=VllmConfig(kv_gib=0.25))
     assert max(m["logp_gap"] for m in trainer.history) <= GAP and max(m["sync_gap"] for m in trainer.history) <= GAP
     assert all(t.ledger.pictures for t in trainer.session.actor.played)
 
 
-def test_a_run_over_a_server_samples_what_it_trains(torchvision, model_folder, tmp_path):
-    with serving(tmp_path, "--max-context", "512", model=str(model_folder)) as server:
-        trainer = run(tmp_path / "run", model_folder, vllm=VllmConfig(servers=(ready(server).url,)))
+def test_a_run_over_a_server_samples_what_it_trains(served, model_folder, tmp_path):
+    trainer = run(tmp_path / "run", model_folder, vllm=VllmConfig(servers=(served.url,)))
     assert max(m["logp_gap"] for m in trainer.history) <= GAP and max(m["sync_gap"] for m in trainer.history) <= GAP
