@@ -23,6 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tools.images import flat, is_image
+
 _CACHED = 512  # pictures kept: the members of a group open with the same ones
 
 
@@ -108,9 +110,9 @@ class PictureFormat:
         """
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-        if not isinstance(image, Image.Image):
+        if not is_image(image):
             raise PictureError(f"an image part holds a PIL image under `image`, got {type(image).__name__}")
-        image = image.convert("RGB")
+        image = flat(image)
         data = str(image.size).encode() + image.tobytes()
         known = self._known.get(data)
         if known is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from tools.images import flat
+
 MOST_PIXELS = 50_000_000
 """Larger images are not decoded: a small file can claim to hold gigabytes."""
 _HEAD = "base64,"
@@ -21,7 +23,7 @@ class ImageFileError(ValueError):
 def encoded(image: Image.Image) -> bytes:
     """The RGB pixels as a PNG file, packed lightly: it is written far more often than it is kept."""
     file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG", compress_level=1)
+    flat(image).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
@@ -45,6 +47,6 @@ def opened(url: str, folder: Path) -> Image.Image:
         with Image.open(source) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ImageFileError(f"an image of {image.width} x {image.height} pixels; {MOST_PIXELS:,} are the most")
-            return image.convert("RGB")
+            return flat(image)
     except (OSError, binascii.Error, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageFileError(f"{url[:60]!r} holds no image: {error}") from error

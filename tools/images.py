@@ -59,11 +59,16 @@ def check_size(width: int, height: int) -> None:
 
 
 def rgb(image: Any) -> Any:
+    """An RGB copy of an image within the bounds; see `flat`."""
+    image.load()
+    check_size(*image.size)  # some files say their size only when they are loaded
+    return flat(image)
+
+
+def flat(image: Any) -> Any:
     """An RGB copy. What is transparent shows white; 16-bit greys keep their upper 8 bits."""
     from PIL import Image
 
-    image.load()
-    check_size(*image.size)  # some files say their size only when they are loaded
     if image.mode.startswith("I;16"):  # Pillow would clip them at 255
         image = image.convert("I").point(lambda grey: grey * (1 / 256)).convert("L")
     elif image.has_transparency_data:

@@ -15,8 +15,6 @@ wrong (time-outs, refusals, unreadable or oversized replies) is an outcome, neve
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import time
@@ -26,6 +24,7 @@ from typing import Any
 
 from agents.cli import UsageError
 from agents.engines.base import Key, Said, SampleParams, Voice, stream
+from agents.png import address
 from tools import strict_json
 from tools.calls import CallFormat, ToolCall, get_format
 from tools.images import is_image
@@ -313,10 +312,7 @@ def _words(text: str) -> dict[str, Any]:
 
 def _image(part: Mapping[str, Any]) -> dict[str, Any]:
     """An image part as a PNG of RGB pixels inside its address."""
-    file = io.BytesIO()
-    part["image"].convert("RGB").save(file, "PNG", compress_level=1)  # it is written anew for every turn
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return {"type": "image_url", "image_url": {"url": address(part["image"])}}
 
 
 def _read_bounded(chunks: Iterable[bytes], deadline: float) -> bytes | Said:

@@ -23,6 +23,7 @@ from agents.ledger import Ledger
 from agents.pictures import Picture, PictureError, placed, runs
 from policy_opt.need import LogProb, Need
 from tests.agents.seeing import KINDS, picture_format, processor_of, scene, seeing_model, seeing_tokenizer
+from tools.images import flat
 
 torch.set_num_threads(1)
 
@@ -237,6 +238,12 @@ def test_resized_as_the_processor_would(kind: str, model: Any, size: tuple[int, 
         assert back.image.tobytes() == picture.image.tobytes() and back.image.size == picture.image.size
         assert torch.equal(back.patches_PD, picture.patches_PD)
         assert (back.key, back.grid, back.length) == (picture.key, picture.grid, picture.length)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_is_read_as_tools_show_it(mode: str) -> None:
+    image = Image.new(mode, (40, 30), 1 if mode != "RGBA" else (250, 10, 10, 0))
+    assert shared_chat().pictures.read(image).key == shared_chat().pictures.read(flat(image)).key
 
 
 def test_what_is_no_picture(chat: ChatFormat) -> None:
