@@ -150,7 +150,7 @@ def test_weights_that_did_not_reach_every_server_raise_the_alarm(servers, chat):
     engine, sync = engine_of(servers, chat, model)
     sync(0)
     shaken(model, 1)
-    engine.servers[1].load_weights, kept = (lambda folder, label: None), engine.servers[1].load_weights
+    engine.servers[1].load_weights, kept = (lambda folder, label, pictures: None), engine.servers[1].load_weights
     with pytest.raises(EngineFailure, match="does not sample from the policy that is trained"):
         sync(1)
     engine.servers[1].load_weights = kept
