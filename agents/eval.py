@@ -242,16 +242,14 @@ def _tokens_of_server(
 ) -> Player:
     """A server's model, fed with token ids as a local model is."""
     from agents.actor import Player as TokenPlayer
-    from agents.chat import ChatFormat
     from agents.engines.vllm_server import ServerEngine
-    from agents.models import load_tokenizer
+    from agents.models import load_chat
 
-    tokenizer, vocab_size = load_tokenizer(str(command.tokenizer))
-    chat = ChatFormat(tokenizer, vocab_size=vocab_size)
+    chat = load_chat(str(command.tokenizer))
     settings = VllmConfig(servers=(spec,), timeout_s=command.timeout_s, retries=command.retries)
     engine = ServerEngine(
         settings, carries="nothing", stop_ids=chat.stop_ids, banned_ids=chat.banned_ids, params=params,
-        rows=command.rows,
+        rows=command.rows, pictures=chat.pictures,
     )  # fmt: skip
     engine.max_context = min(limits.max_context, engine.max_context)
     return TokenPlayer(make_env, chat, engine, limits, command.seed)
@@ -287,7 +285,8 @@ def _local(
         raise UsageError("an evaluation of a server names it with --model URL --tokenizer MODEL, not --vllm.servers")
     world = World()
     world.device = torch.device(device)
-    engine, sync = colocated(command.vllm, DTYPES[command.dtype], world, model, **how)
+    dtype = DTYPES[command.dtype]
+    engine, sync = colocated(command.vllm, dtype, world, model, tokenizer=tokenizer, **how)
     return TokenPlayer(make_env, chat, engine, limits, command.seed, sync=sync)
 
 

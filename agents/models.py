@@ -35,27 +35,30 @@ def load_model(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
 
 def chat_of(model: Any, tokenizer: Any) -> ChatFormat:
     """How messages become tokens for a model that `load_model` gave; UsageError where its pictures cannot be read."""
-    try:
-        pictures = PictureFormat.of(model.config, model.name_or_path)
-    except PictureError as error:
-        raise UsageError(str(error)) from error
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    return ChatFormat(tokenizer, vocab_size=vocab_size, pictures=pictures)
+    return _chat(tokenizer, model.config, model.name_or_path, model.get_output_embeddings().weight.shape[0])
 
 
-def load_tokenizer(spec: str) -> tuple[Any, int]:
-    """The tokenizer of what `load_model` loads, and the size of that model's vocabulary; UsageError likewise."""
+def load_chat(spec: str) -> ChatFormat:
+    """What `chat_of` gives for the model that `load_model` would load, without its weights; UsageError likewise."""
     from transformers import AutoConfig, AutoTokenizer
 
     from agents import bundled
 
     place = locate(spec) or str(bundled.path())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-        return tokenizer, int(AutoConfig.from_pretrained(place).get_text_config().vocab_size)
+        tokenizer, config = AutoTokenizer.from_pretrained(place), AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UsageError(f"cannot load the tokenizer of `{spec}`: {first}") from error
+    return _chat(tokenizer, config, place, int(config.get_text_config().vocab_size))
+
+
+def _chat(tokenizer: Any, config: Any, place: str, vocab_size: int) -> ChatFormat:
+    try:
+        pictures = PictureFormat.of(config, place)
+    except PictureError as error:
+        raise UsageError(str(error)) from error
+    return ChatFormat(tokenizer, vocab_size=vocab_size, pictures=pictures)
 
 
 def locate(spec: str) -> str | None:

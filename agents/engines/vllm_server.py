@@ -17,8 +17,6 @@ adapters the base model once and then only adapters. `agents.sync` verifies that
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import shutil
 import tempfile
@@ -42,6 +40,7 @@ from agents.engines.base import EngineFailure, Key, Sampled, SampleParams, strea
 from agents.engines.server import HOW, Lost, Server, Unreadable
 from agents.engines.vllm import check_expansion, check_pictures, folded, refuse_cold
 from agents.pictures import Picture, PictureFormat
+from agents.png import address
 from agents.sync import write_model
 from policy_opt.protocols import Sampler
 
@@ -408,10 +407,7 @@ def read(reply: Any, budget: int, stop_ids: Sequence[int]) -> tuple[tuple[int, .
 
 def _part(picture: Picture) -> dict[str, Any]:
     """A picture as the server's route takes it, under its name."""
-    data = io.BytesIO()
-    picture.image.save(data, "PNG", compress_level=1)
-    url = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
-    return {"type": "image_url", "url": url, "uuid": str(picture.key)}
+    return {"type": "image_url", "url": address(picture.image), "uuid": str(picture.key)}
 
 
 def _as_completion(reply: Any) -> tuple[list[int], dict[str, Any]]:

@@ -54,9 +54,9 @@ class OwnWeights(HFEngine):
         self.version = version
         self.reset()
 
-    def log_probs(self, ids: Any) -> list[float]:
+    def log_probs(self, ids: Any, pictures: Any = ()) -> list[float]:
         """By a plain forward of the copy."""
-        return plain_log_probs(self.model, ids).tolist()
+        return plain_log_probs(self.model, ids, pictures=pictures).tolist()
 
 
 def configured(args: argparse.Namespace, **changes: Any) -> TrainConfig:
