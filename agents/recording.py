@@ -14,8 +14,8 @@ from agents.trajectory import Trajectory
 from policy_opt.batch import Batch, dims
 
 Key = tuple[int, int]
-LEFT_OUT = frozenset({"logp_sampler_BT"})
-"""Stored with every episode anyway."""
+LEFT_OUT = frozenset({"logp_sampler_BT", "picture_BT"})
+"""Stored with every episode anyway, one as numbers, the other as spans."""
 
 
 def store(
