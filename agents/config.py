@@ -192,7 +192,7 @@ class TrainConfig:
     """Change to the recipe, STAGE=PART(OPTION=VALUE); may be given several times."""
     seed: Count = 0
     """Every random stream of the run derives from it."""
-    steps: Natural = 80
+    steps: Natural = 100
     """Iterations."""
     groups: Natural = 16
     """Tasks per iteration."""
