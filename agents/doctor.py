@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal
 
 Level = Literal["ok", "warn", "bad"]
@@ -126,7 +126,12 @@ def _series(history: Metrics, key: str) -> list[float]:
 
 def _recent(history: Metrics, key: str) -> float | None:
     values = _series(history[-WINDOW:], key)
-    return fmean(values) if values else None
+    return _mean(values) if values else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Never raises: numbers near the largest float do not overflow, infinities of both signs give NaN."""
+    return sum(value / len(values) for value in values)
 
 
 def _finding(name: str, bounds: Bounds, value: float, seen: str, advice: str) -> Finding:
@@ -140,7 +145,7 @@ def _success_collapse(history: Metrics, bounds: Bounds) -> Finding | None:
     if len(success) < 4 or any(math.isnan(s) for s in success):
         return None
     width = min(5, len(success) - 3)
-    best = max(fmean(success[i : i + width]) for i in range(len(success) - width + 1))
+    best = max(_mean(success[i : i + width]) for i in range(len(success) - width + 1))
     last = max(success[-3:])
     fell = best >= 0.1 and best - last >= 0.1
     return _finding(

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agents.doctor import DEFAULT, Bounds, Finding, diagnose, troubles
@@ -138,6 +138,8 @@ rows_of = st.dictionaries(keys, scalars)
 
 
 @given(st.lists(rows_of, max_size=15), st.lists(rows_of, max_size=3))
+@example([{"clip_frac": 1.7e308}] * 2, [])
+@example([{"correct": 1.7e308}, {"correct": -float("inf")}, {"correct": float("inf")}, {"correct": 1.7e308}] * 2, [])
 @settings(max_examples=100, deadline=None)
 def test_damaged_histories_never_raise_and_findings_come_worst_first(rows, evals):
     findings = diagnose(rows, evals)
