@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from agents.chat import ChatFormat, ChatFormatError
+from agents.config import OptimConfig
+from agents.dist import World
 from agents.engines.base import SampleParams
 from agents.engines.hf import HFEngine
 from agents.forward import Convention
 from agents.imitate import Conversation, batch_of, record
+from agents.launcher import free_port
 from agents.learner import LMLearner
 from agents.ledger import Ledger
 from agents.pictures import Picture, PictureError, placed, runs
@@ -263,3 +268,37 @@ def test_a_template_that_drops_images_is_found_out(chat: ChatFormat) -> None:
     messages = [shows("a", scene("red"))]
     with pytest.raises(ChatFormatError, match="drops or repeats images"):
         chat.shown(chat.opening([shows("a")]), messages)
+
+
+# -------------------------------------------------------------------------------------------- two processes
+
+
+def gradients(world: World) -> dict[str, torch.Tensor]:
+    """Of a batch in which few rows show pictures, so that a process may have none of them."""
+    tokenizer = seeing_tokenizer()
+    model = seeing_model("qwen3_vl", tokenizer)
+    chat = ChatFormat(tokenizer, pictures=picture_format(model, "qwen3_vl"))
+    words = [talk(f"only words {i}", said=("yes " * i, "no")) for i in range(1, 6)]
+    b = batch_of(ledgers_of(chat, [talk("look ", scene("red")), *words]))
+    learner = LMLearner(model, OptimConfig(name="sgd", lr=0.1, beta1=0.0, clip=0.0), world=world, micro_tokens=100)
+    streams = learner.backward(b, [LOGP], lambda rows, live: {"logp_BT": -b.mask_BT[rows].double()})
+    learner.step()
+    return {**streams, **{name: p.detach() for name, p in model.named_parameters()}}
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                   "WORLD_SIZE": "2"}  # fmt: skip
+    world = World.start()
+    torch.save(gradients(world), f"{folder}/{rank}.pt")
+    world.close()
+
+
+def test_two_processes_of_which_one_sees_nothing_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(worker, (free_port(), str(tmp_path)), nprocs=2, start_method="fork")
+    want = gradients(World())
+    for rank in range(2):
+        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
