@@ -47,7 +47,7 @@ def test_actors_play_as_processes_do(cluster, capfd) -> None:
     pool = start(cluster, 2, what="raise", on=[1])
     assert [plain(t) for t in talk(pool)] == [plain(t) for t in talk(lambda: Faulty(what="raise", on=[1]))]
     pool.close()
-    pool = start(cluster, 1, timeout_s=2.0, what="kill", on=[1])
+    pool = start(cluster, 1, what="kill", on=[1])
     assert [t.stop_reason for t in talk(pool, 4)] == ["answered", "error:WorkerDied", "answered", "answered"]
     pool.close()
     pool = start(cluster, 1, timeout_s=2.0, what="hang", on=[1])
