@@ -117,8 +117,9 @@ def test_a_text_model_is_told_so(tmp_path):
 
 
 @pytest.mark.full
-def test_it_learns_to_see(folder, tmp_path, capsys):
-    """A policy that does not look is right once in four."""
+def test_it_learns_to_see(tmp_path, capsys):
+    """A policy that does not look is right once in four; the run of docs/vision.md."""
+    folder = str(seeing_folder(tmp_path / "model", "qwen3_vl", scale=1.0))
     config = small(
         folder, steps=20, groups=8, group_size=8, train_tasks=1000, rollout=RolloutConfig(),
         warm=demonstrated(400, 4), optim=OptimConfig(), eval=EvalConfig(episodes=200, hard_episodes=0),
