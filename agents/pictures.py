@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tools.images import flat, is_image
 
-_CACHED = 512  # pictures kept: the members of a group open with the same ones
+_CACHED = 1 << 28  # bytes of patches kept: the members of a group open with the same pictures
 
 
 class PictureError(ValueError):
@@ -79,6 +79,7 @@ class PictureFormat:
         self.merge = int(processor.merge_size)
         self.side = int(processor.patch_size) * self.merge
         self._known: dict[bytes, Picture] = {}
+        self._held = 0
 
     @classmethod
     def of(cls, config: Any, place: str) -> PictureFormat | None:
@@ -113,8 +114,8 @@ class PictureFormat:
         if not is_image(image):
             raise PictureError(f"an image part holds a PIL image under `image`, got {type(image).__name__}")
         image = flat(image)
-        data = str(image.size).encode() + image.tobytes()
-        known = self._known.get(data)
+        name = _digest(image)
+        known = self._known.get(name)
         if known is not None:
             return known
         size = self.processor.size
@@ -129,15 +130,16 @@ class PictureFormat:
         cut = self.processor(images=[image], do_resize=False, return_tensors="pt")
         frames, rows, columns = cut["image_grid_thw"][0].tolist()
         picture = Picture(
-            key=_name(image),
+            key=max(1, int.from_bytes(_digest(image)[:8], "little") >> 1),
             image=image,
             patches_PD=cut["pixel_values"].float(),
             grid=(frames, rows, columns),
             length=frames * rows * columns // self.merge**2,
         )
-        if len(self._known) >= _CACHED:
-            self._known.clear()
-        self._known[data] = picture
+        self._held += picture.patches_PD.nbytes
+        if self._held > _CACHED:
+            self._known, self._held = {}, picture.patches_PD.nbytes
+        self._known[name] = picture
         return picture
 
     def ids(self, picture: Picture) -> list[int]:
@@ -183,6 +185,6 @@ def _unpickled(
     return Picture(key, Image.frombytes("RGB", size, rgb), torch.from_numpy(patches_PD), grid, length)
 
 
-def _name(image: Image.Image) -> int:
-    data = str(image.size).encode() + image.tobytes()
-    return max(1, int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)
+def _digest(image: Image.Image) -> bytes:
+    """Names the pixels of an RGB image."""
+    return hashlib.blake2b(f"{image.width} x {image.height} ".encode() + image.tobytes(), digest_size=16).digest()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from transformers import (
 )
 
 from agents.pictures import PictureFormat
+from envs import Task, Verdict
 from tests.agents.small import spread
 from tests.agents.tokenizers import byte_bpe
+from tests.envs.spot import Spot
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 KINDS = ("qwen2_5_vl", "qwen3_vl")
@@ -104,6 +107,14 @@ def scene(colour: str, width: int = 56, height: int = 56, at: float = 0.5) -> Im
     x, y, r = at * width, height / 2, min(width, height) / 4
     ImageDraw.Draw(image).ellipse((x - r, y - r, x + r, y + r), fill=colour)
     return image
+
+
+class Wordy(Spot):
+    """Pays for length, too, so that a policy that is never right has something to learn from."""
+
+    def judge(self, task: Task, final: str | None) -> Verdict:
+        verdict = super().judge(task, final)
+        return replace(verdict, reward=max(verdict.reward, len(final or "") % 8 / 10))
 
 
 if __name__ == "__main__":

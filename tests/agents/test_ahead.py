@@ -33,7 +33,17 @@ from policy_opt.credits import MIS, TIS
 from policy_opt.errors import RecipeError
 from policy_opt.protocols import Job
 from tests.agents.small import Chatter, qwen3
-from tests.agents.test_resume import arguments, assert_same_run, ended, final, finish, forked, newest, wait_for_step
+from tests.agents.test_resume import (
+    arguments,
+    assert_same_run,
+    ended,
+    final,
+    finish,
+    forked,
+    interrupt,
+    newest,
+    wait_for_step,
+)
 from tests.agents.test_resume import resume as resumed
 from tests.agents.test_train import WARM, model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 from tests.agents.test_unfinished import LIMITS, SCRIPT, T_PPO, Side, setup
@@ -141,17 +151,7 @@ def test_resume_is_exact_with_a_rollout_in_flight(model_folder, tmp_path, change
     config = small(model_folder, steps=5, ahead=ahead, save=save, **changes)
     in_thread(start(config, tmp_path / "whole")).run()
     begun = in_thread(start(config, tmp_path / "halved"))
-    iterate = begun.iterate
-
-    def stop_late():
-        iterate()
-        if begun.session.loop.step == 3:
-            raise KeyboardInterrupt
-
-    begun.iterate = stop_late
-    with pytest.raises(KeyboardInterrupt):
-        begun.run()
-    begun.folder.close()
+    interrupt(begun)
     state = final(tmp_path / "halved")
     assert state["loop"]["step"] == 2 and len(state["actor"]["ahead"]["played"]) == state["loop"]["sent"]["jobs"] > 0
     again = in_thread(resumed(config, tmp_path / "halved"))

@@ -32,7 +32,7 @@ from policy_opt.need import VALUES, KLTo, Need
 from tests.agents.small import qwen3
 from tests.agents.test_distributed import as_arguments
 from tests.agents.test_learner import BANNED, LOGP, VOCAB, batch, tiny
-from tests.agents.test_resume import assert_same_run, final, finish, forked, resume
+from tests.agents.test_resume import assert_same_run, final, finish, forked, interrupt, resume
 from tests.agents.test_train import WARM, model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
 RANK = LoraConfig(rank=4)
@@ -281,17 +281,7 @@ def test_resume_equals_going_on(model_folder, tmp_path, algo):  # noqa: F811
     )  # fmt: skip
     start(config, tmp_path / "whole").run()
     begun = start(config, tmp_path / "halved")
-    iterate = begun.iterate
-
-    def stop_late():
-        iterate()
-        if begun.session.loop.step == 3:
-            raise KeyboardInterrupt
-
-    begun.iterate = stop_late
-    with pytest.raises(KeyboardInterrupt):
-        begun.run()
-    begun.folder.close()
+    interrupt(begun)
     resume(config, tmp_path / "halved").run()
     assert_same_run(tmp_path / "whole", tmp_path / "halved")
     assert max(m["grad_norm"] for m in begun.history) > 0, "nothing was learnt, so nothing was tested"

@@ -67,18 +67,11 @@ def resume(config, path: Path) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("algo", ["grpo", "ppo", "dapo", "otc_grpo"])
-def test_resume_equals_going_on(model_folder, tmp_path, algo):  # noqa: F811
-    config = small(
-        model_folder, algo=algo, steps=4, warm=WARM if algo == "dapo" else WarmConfig(when="never"),
-        eval=EvalConfig(episodes=6, hard_episodes=0, every=1, every_episodes=4), save=SaveConfig(every=2, keep=9),
-    )  # fmt: skip
-    start(config, tmp_path / "whole").run()
-    begun = start(config, tmp_path / "halved")
+def interrupt(begun: Trainer) -> None:
+    """Run until the end comes: after the third iteration, beyond the checkpoint of the second."""
     iterate = begun.iterate
 
     def stop_late():
-        """The end comes after the third iteration, whose last checkpoint is the second's."""
         iterate()
         if begun.session.loop.step == 3:
             begun.folder.log("metrics.jsonl", {"step": "beyond the checkpoint"})
@@ -88,6 +81,17 @@ def test_resume_equals_going_on(model_folder, tmp_path, algo):  # noqa: F811
     with pytest.raises(KeyboardInterrupt):
         begun.run()
     begun.folder.close()
+
+
+@pytest.mark.parametrize("algo", ["grpo", "ppo", "dapo", "otc_grpo"])
+def test_resume_equals_going_on(model_folder, tmp_path, algo):  # noqa: F811
+    config = small(
+        model_folder, algo=algo, steps=4, warm=WARM if algo == "dapo" else WarmConfig(when="never"),
+        eval=EvalConfig(episodes=6, hard_episodes=0, every=1, every_episodes=4), save=SaveConfig(every=2, keep=9),
+    )  # fmt: skip
+    start(config, tmp_path / "whole").run()
+    begun = start(config, tmp_path / "halved")
+    interrupt(begun)
     assert checkpoint.steps(tmp_path / "halved" / "checkpoints") == [0, 2]
     resume(config, tmp_path / "halved").run()
     assert_same_run(tmp_path / "whole", tmp_path / "halved")
