@@ -88,8 +88,16 @@ class RemoteEnv:
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Observed, dict[str, Any]]:
-        """As `ChatEnv.reset`."""
-        observed, info = self._anywhere("reset", seed, None if options is None else dict(options))
+        """As `ChatEnv.reset`.
+
+        A worker may have ended while it was idle and be found dead only now. Whether that or this reset ended it
+        cannot be told from here, so it is made once more, in a new worker: one that ends again is to blame.
+        """
+        arguments = (seed, None if options is None else dict(options))
+        try:
+            observed, info = self._anywhere("reset", *arguments)
+        except WorkerDied:
+            observed, info = self._anywhere("reset", *arguments)
         return self._observation(observed), _info(info)
 
     def step(self, action: str) -> tuple[Observed, float, bool, bool, dict[str, Any]]:

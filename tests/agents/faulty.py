@@ -33,6 +33,8 @@ class Faulty(ChatEnv):
         return Task(name, split, index, 1, {"index": index}, {}, fingerprint(name))
 
     def opening(self, task: Task) -> list[dict[str, Any]]:
+        if self.at == "reset" and task.index in self.on:
+            self.do()
         return [{"role": "user", "content": f"number {task.index}"}]
 
     def reply(self, turn: Any) -> Reply:

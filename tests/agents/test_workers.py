@@ -274,7 +274,8 @@ def test_an_exit_or_an_unreadable_message_costs_one_episode(start) -> None:
 
 
 def test_idle_and_unfinished_environments_survive_or_are_missed(start) -> None:
-    """A worker that ends between episodes costs none; an episode in mid-course is missed by name."""
+    """A worker that ends between episodes costs none, be it found dead before or by the next reset; an episode in
+    mid-course is missed by name."""
     pool = start(FAULTY, 2)
     waiting = EnvPool(pool)
     env, other = waiting.take(), waiting.take()
@@ -283,11 +284,16 @@ def test_idle_and_unfinished_environments_survive_or_are_missed(start) -> None:
     waiting.give(other, broken=False)
     for pid in pids(pool):
         os.kill(pid, signal.SIGKILL)
-    assert soon(lambda: all(map(gone, pids(pool))))
     assert waiting.take() is other and other.reset(seed=1)[0] == want
-    with pytest.raises(WorkerDied, match="another episode"):
+    with pytest.raises(WorkerDied, match=r"another episode|killed by SIGKILL"):
         env.step("on")
     assert env.reset(seed=1)[0] == want and env.step("on")[0]["messages"][0]["content"] == "result 0"
+    assert pool.losses == {"WorkerDied": 2}
+
+
+def test_a_reset_that_ends_its_worker_is_tried_twice(start) -> None:
+    pool = start(FAULTY, 1, what="kill", on=[1], at="reset")
+    assert [t.stop_reason for t in talk(pool, 3, threads=1)] == ["answered", "error:WorkerDied", "answered"]
     assert pool.losses == {"WorkerDied": 2}
 
 
