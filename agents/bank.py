@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from agents import lora, optim
 from agents.config import OptimConfig
@@ -45,6 +45,8 @@ class Member:
     """Whether it can take rows end to end; None: not tried yet."""
     sharded: Sharded | None = None
     """How it is split over the processes; None: it is whole."""
+    base: frozenset[str] = frozenset()
+    """Names of the weights under its adapters, which are never trained and not saved with it."""
 
     def rate(self) -> float:
         """Learning rate of the next step, warm-up included."""
@@ -102,7 +104,7 @@ class Bank:
     def __init__(self, policy: Any, config: OptimConfig, world: World | None = None):
         self.sharding = world.sharding if world else None
         self.config = optim.resolved(config, policy)
-        self.base = lora.frozen(policy)
+        self.shared = frozenset() if self.sharding else lora.frozen(policy)  # each split model has its own shards
         self.members: dict[str, Member] = {
             "policy": self._member(policy, self.config, trained=True)
         }
@@ -134,9 +136,12 @@ class Bank:
         self, model: Any, config: OptimConfig, trained: bool, spec: ModelSpec | None = None, own: Optim | None = None
     ) -> Member:
         """A model, split over the processes where the run's are, with its optimizer."""
+        base = lora.base_names(model)
+        if not trained:
+            model.requires_grad_(False)
         sharded = self.sharding.shard(model) if self.sharding else None
         optimizer = optim.build(model, config, own) if trained else None
-        return Member(model, config, optimizer, spec, own, sharded=sharded)
+        return Member(model, config, optimizer, spec, own, sharded=sharded, base=base)
 
     def rest(self) -> None:
         """No pass is under way: what split models gathered for one is let go."""
@@ -148,14 +153,14 @@ class Bank:
         with self.policy.whole("cpu") as policy:
             model = self._made(name, spec, policy)
         if spec.optimizer is None:
-            return self._member(model.requires_grad_(False), self.config, False, spec)
+            return self._member(model, self.config, False, spec)
         return self._member(model, _merged(spec.optimizer, self.config), True, spec, spec.optimizer)
 
     def _made(self, name: str, spec: ModelSpec, policy: Any) -> Any:
         if spec.role == "critic":
-            return Critic(policy, self.base)
+            return Critic(policy, self.shared)
         if spec.role == "copy" and spec.source == "policy":
-            return lora.twin(policy, self.base)
+            return lora.twin(policy, self.shared)
         if spec.role in ("copy", "teacher", "reward"):
             from agents.models import load_model
 
@@ -166,7 +171,7 @@ class Bank:
     @cached_property
     def fingerprint(self) -> str | None:
         """Of the base weights under adapters, which never change; None where all weights are trained."""
-        return lora.fingerprint(self.policy.model) if self.base else None
+        return lora.fingerprint(self.policy.model) if self.policy.base else None
 
     @torch.no_grad()
     def sync(self, name: str, decay: float) -> None:
@@ -175,7 +180,7 @@ class Bank:
         if isinstance(target, Critic):
             target, source = target.trunk, trunk_of(source)
         for old, new in zip(target.parameters(), source.parameters(), strict=True):
-            if old is new:  # a base weight under adapters
+            if not new.requires_grad:  # a base weight under adapters: the same in both
                 continue
             old, new = local(old), local(new)
             old.copy_(new) if decay == 0 else old.mul_(decay).add_(new, alpha=1 - decay)
@@ -187,7 +192,7 @@ class Bank:
         """
         return {
             name: {
-                "model": {n: collect(t.detach()) for n, t in lora.own_state(m.model, self.base).items()},
+                "model": {name: collect(t.detach()) for name, t in _own_state(m).items()},
                 "base": self.fingerprint if name == "policy" else None,
                 "optimizer": optim.state_of(m.optimizer, m.model) if m.optimizer is not None else None,
                 "steps": m.steps,
@@ -205,11 +210,16 @@ class Bank:
             raise CheckpointError("the adapters belong to another base model, or its weights have changed since")
         for name, entry in state.items():
             member = self.members[name]
-            own = lora.own_state(member.model, self.base)
-            load_tensors(own, entry["model"], f"model `{name}` of the checkpoint")
+            load_tensors(_own_state(member), entry["model"], f"model `{name}` of the checkpoint")
             if member.optimizer is not None:
                 optim.restore(member.optimizer, member.model, entry["optimizer"])
             member.steps = entry["steps"]
+
+
+def _own_state(member: Member) -> dict[str, Tensor]:
+    """A model's state by name, without the weights under its adapters."""
+    state = member.model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in member.base}
 
 
 def _merged(own: Optim, run: OptimConfig) -> OptimConfig:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from agents.cli import UsageError, nearest
 from agents.config import LoraConfig
+
+if TYPE_CHECKING:
+    from agents.sharding import Sharding
 
 ADAPTER = "default"
 """peft's name of the one adapter."""
@@ -46,10 +49,8 @@ def adapt(model: Any, config: LoraConfig, seed: int) -> None:
             start.copy_(nn.init.kaiming_uniform_(torch.empty(start.shape), a=math.sqrt(5), generator=draw))
 
 
-def check(config: LoraConfig, split: bool = False) -> None:
-    """UsageError where options of adapters are given but no adapters, or adapters to weights that are split (FSDP)."""
-    if config.rank and split:
-        raise UsageError("--lora.rank with FSDP: base weights under adapters are not split over processes; take DDP")
+def check(config: LoraConfig) -> None:
+    """UsageError where options of adapters are given but no adapters."""
     if not config.rank and (config.alpha is not None or config.targets):
         raise UsageError("--lora.alpha and --lora.targets say what adapters are like: give --lora.rank, too")
 
@@ -122,9 +123,11 @@ def frozen(model: nn.Module) -> frozenset[int]:
     return frozenset(id(t) for t in tensors if not t.requires_grad)
 
 
-def own_state(model: nn.Module, base: frozenset[int]) -> dict[str, Tensor]:
-    """State by name, without the base weights of `base`."""
-    return {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in base}
+def base_names(model: nn.Module) -> frozenset[str]:
+    """Names in the state of what is never trained under adapters; none for a model without any."""
+    if not layers(model):
+        return frozenset()
+    return frozenset(name for name, t in model.state_dict(keep_vars=True).items() if not t.requires_grad)
 
 
 def twin(module: Any, base: frozenset[int]) -> Any:
@@ -137,8 +140,8 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the base weights by name: what the adapters belong to."""
     from agents.models import digest_of
 
-    base = frozen(model)
-    return digest_of({name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) in base})
+    state = model.state_dict(keep_vars=True)
+    return digest_of({name: state[name] for name in base_names(model)})
 
 
 # ---------------------------------------------------------------------- for others to use
@@ -155,16 +158,37 @@ def without(model: Any) -> Any:
 
 
 @contextmanager
-def beneath(model: Any) -> Iterator[Any]:
-    """The plain model under the adapters, trainable for as long as the `with` lasts; a model without any is itself."""
+def beneath(model: Any, sharding: Sharding | None = None) -> Iterator[Any]:
+    """The plain model under the adapters, trainable for as long as the `with` lasts; a model without any is itself.
+
+    sharding: how the model is split over processes. The plain model then has weights of its own, equally split, which
+        become those under the adapters at the end of the `with`.
+    """
     if not layers(model):
         yield model
         return
-    plain = without(model)
-    try:
-        yield plain.requires_grad_(True)
-    finally:
-        plain.requires_grad_(False)
+    if sharding is None:
+        plain = without(model)
+        try:
+            yield plain.requires_grad_(True)
+        finally:
+            plain.requires_grad_(False)
+        return
+    from agents.sharding import local  # which imports this module
+
+    with sharding.shard(model).gathered("cpu") as whole:
+        plain = without(whole).requires_grad_(True)
+    with sharding.lent(plain):
+        yield plain
+        state = base_state(model)
+        for name, tensor in plain.state_dict().items():
+            local(state[name]).copy_(local(tensor))
+
+
+def base_state(model: Any) -> dict[str, Tensor]:
+    """State of the plain model under the adapters, by its names; the tensors are the model's own, detached."""
+    state = model.state_dict()
+    return {name.replace(".base_layer.", "."): state[name] for name in base_names(model)}
 
 
 def _plain(model: Any, weight: Callable[[Any], nn.Parameter]) -> Any:
@@ -189,15 +213,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return out
 
 
-def save(model: Any, folder: Path, base: str | None = None, tensors: Mapping[str, Tensor] | None = None) -> None:
-    """An adapter folder as peft and vLLM read it; `base` names the model it belongs to.
-
-    tensors: `adapter_state` of before, where it was gathered elsewhere.
-    """
+def save(model: Any, folder: Path, base: str | None = None) -> None:
+    """An adapter folder as peft and vLLM read it; `base` names the model it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.base_model_name_or_path = base
     config.save_pretrained(folder)
-    state = adapter_state(model) if tensors is None else tensors
-    plain = {name: t.to("cpu", copy=True).contiguous() for name, t in state.items()}
+    plain = {name: t.to("cpu", copy=True).contiguous() for name, t in adapter_state(model).items()}
     save_file(plain, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -117,7 +117,7 @@ def with_temperature(recipe: Recipe, temperature: float) -> Recipe:
 def build(config: TrainConfig, world: World) -> Session:
     """Build a session. Raises UsageError, UnknownEnv, RecipeError or ChatFormatError on what the user got wrong."""
     check_ranges(config)
-    lora.check(config.lora, split=world.sharding is not None)
+    lora.check(config.lora)
     if world.sharding is not None:
         refuse_split(config)
     recipe = policy_opt.get(config.algo)
@@ -140,11 +140,6 @@ def build(config: TrainConfig, world: World) -> Session:
         warnings.simplefilter("always")
         chat = chat_of(model, tokenizer)
         player = _player(config, world, make_env, whole, chat, lowest, temperature)
-    if chat.pictures is not None and world.sharding is not None:
-        raise UsageError(
-            f"FSDP with {config.model}, which reads pictures: a process whose rows show none would not take part in "
-            f"the tower's passes; take DDP"
-        )
     convention = Convention(temperature, tuple(chat.banned_ids))
     learner = LMLearner(
         model, seeded(config.optim, config.seed), convention=convention, world=world,

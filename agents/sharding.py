@@ -97,6 +97,14 @@ class Sharding:
             self.models[model] = Sharded(model, self)
         return self.models[model]
 
+    @contextmanager
+    def lent(self, model: Any) -> Iterator[Sharded]:
+        """Shard a model that is needed for as long as the `with` lasts; all processes call this."""
+        try:
+            yield self.shard(model)
+        finally:
+            del self.models[model]
+
     def blocks(self, model: Any) -> list[nn.Module]:
         """The modules that are groups of their own."""
         trunk = trunk_of(model)

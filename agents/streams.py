@@ -96,7 +96,8 @@ class Work:
             return None
         some = self.b.rows(rows_R)
         model = self.models.bank.policy.model  # positions are a matter of configuration, equal for all of the bank
-        return Sight.of(model, some.tokens_BT[:, :width], some["picture_BT"][:, :width], self.b.media)
+        always = self.models.world.sharding is not None
+        return Sight.of(model, some.tokens_BT[:, :width], some["picture_BT"][:, :width], self.b.media, always)
 
     def push(self) -> None:
         """When all micro-batches of the chunk have had their backward pass: the openings'."""

@@ -88,14 +88,16 @@ class Trainer:
         ledgers, dropped = warm.fitting([record(s.chat, demo) for demo in demos], room)
         if dropped:
             self.display.note(f"{dropped} demonstrations do not fit {room} tokens and are left out")
-        with lora.beneath(s.model) as model:
+        with lora.beneath(s.model, s.world.sharding) as model:
             how = warm.warm_start(
                 model, ledgers, c.warm, s.convention, seed=c.seed, micro_tokens=s.learner.micro_tokens, world=s.world,
                 packing=c.packing, recompute=c.recompute, on_step=self._on_warm_step,
             )  # fmt: skip
-        if self.folder is not None and lora.layers(s.model):
-            card = [f"# {c.model} after its warm start"]
-            export(lora.without(s.model), s.tokenizer, self.folder.path / BASE, card, s.chat.pictures)
+        if lora.layers(s.model):
+            with s.learner.bank.policy.whole("cpu") as model:  # split weights: all processes take part
+                if self.folder is not None:
+                    card = [f"# {c.model} after its warm start"]
+                    export(lora.without(model), s.tokenizer, self.folder.path / BASE, card, s.chat.pictures)
         self.display.note(f"warm start: {how}, {len(ledgers)} demonstrations, {time.monotonic() - began:.0f} s")
 
     def _on_warm_step(self, step: int, steps: int, nll: float) -> None:
@@ -245,13 +247,14 @@ class Trainer:
         with s.learner.bank.policy.whole("cpu") as model:  # split weights: all processes take part
             if self.folder is not None:
                 export(model, s.tokenizer, self.folder.path / "model", self._card(summary), s.chat.pictures)
+                if lora.layers(model):
+                    base = self.folder.path / BASE
+                    under = str(base) if base.is_dir() else locate(self.config.model)
+                    lora.save(model, self.folder.path / "adapter", under)
         if self.folder is None:
             return summary
         summary["run"] = str(self.folder.path)
         summary["seconds"] = round(time.monotonic() - self.started, 1)
-        if lora.layers(s.model):
-            base = self.folder.path / BASE
-            lora.save(s.model, self.folder.path / "adapter", str(base) if base.is_dir() else locate(self.config.model))
         summary["report"] = self._report()
         write_json(self.folder.path / "summary.json", summary)
         return summary
@@ -332,16 +335,17 @@ def restore(session: Session, saved: checkpoint.Checkpoint) -> None:
     """Loop, actor, bank, weights and optimizers as of a checkpoint."""
     loop, learner, state = session.loop, session.learner, saved.state
     try:
+        base = saved.path.parents[1] / BASE
+        if lora.layers(session.model) and base.is_dir():
+            # first of all: models that are built from the policy take its base weights over
+            plain, _ = load_model(str(base), session.model.dtype)
+            checkpoint.load_tensors(lora.base_state(session.model), plain.state_dict(), base)
         loop.load_state_dict(state["loop"])
         session.actor.load_state_dict(state["actor"])
         recipe, _ = loop.enter()
         every = (session.recipe, *(phase.recipe for phase in session.recipe.phases))
         known = {name: spec for r in every for name, spec in r.models.items()}
         built = {name: spec for name, spec in known.items() if name in state["learner"]["members"]}
-        base = saved.path.parents[1] / BASE
-        if lora.layers(session.model) and base.is_dir():
-            plain, _ = load_model(str(base), session.model.dtype)
-            checkpoint.load_tensors(lora.without(session.model).state_dict(), plain.state_dict(), base)
         learner.prepare(built, (), recipe.optimizer)
         learner.load_state_dict(state["learner"])
     except (KeyError, TypeError) as error:

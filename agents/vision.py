@@ -11,7 +11,7 @@ The tower runs once per picture and micro-batch, whatever the number of rows tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def see(trunk: Any, pictures: Mapping[int, tuple[Tensor, Tensor]]) -> Features:
 def embedded(trunk: Any, ids_RS: Tensor, shown_RS: Tensor, feature_RS: Tensor, seen: Features | None) -> dict[str, Any]:
     """A decoder's arguments: embeddings of ids, and where shown_RS is True the features that feature_RS numbers."""
     embed_RSH = trunk.get_input_embeddings()(ids_RS)
-    if seen is None or not bool(shown_RS.any()):
+    if seen is None:
         return {"inputs_embeds": embed_RSH}
     index_N = feature_RS[shown_RS]
     fed: dict[str, Any] = {
@@ -84,9 +84,14 @@ class Sight:
     """Rotary positions."""
     media: Mapping[str, Tensor]
     """`Batch.media`."""
+    always: bool = False
+    """Run the tower also for tokens that show nothing: over a picture that nobody looks at, with a gradient of zero.
+    Where models are split over processes, all of them make the same passes."""
 
     @classmethod
-    def of(cls, model: Any, ids_RT: Tensor, picture_RT: Tensor, media: Mapping[str, Tensor]) -> Sight:
+    def of(
+        cls, model: Any, ids_RT: Tensor, picture_RT: Tensor, media: Mapping[str, Tensor], always: bool = False
+    ) -> Sight:
         """Of whole rows, padded on the right."""
         picture_RT, ids_RT = picture_RT.cpu(), ids_RT.cpu()
         shown_RT = picture_RT != 0
@@ -97,12 +102,12 @@ class Sight:
             positions(model, ids_T, shown_T, [media[f"{key}.grid"].cpu() for key in key_T[begin_T].tolist()])
             for ids_T, shown_T, key_T, begin_T in zip(ids_RT, shown_RT, picture_RT, begin_RT, strict=True)
         ]
-        return cls(picture_RT, torch.where(shown_RT, time_T - first_RT, 0), torch.stack(places, 1), media)
+        return cls(picture_RT, torch.where(shown_RT, time_T - first_RT, 0), torch.stack(places, 1), media, always)
 
     def laid(self, how: Callable[[Tensor], Tensor]) -> Sight:
         """The same tokens laid out otherwise; `how` takes one number per token."""
         places = torch.stack([how(place_RT) for place_RT in self.place_3RS])
-        return Sight(how(self.picture_RS), how(self.offset_RS), places, self.media)
+        return replace(self, picture_RS=how(self.picture_RS), offset_RS=how(self.offset_RS), place_3RS=places)
 
     def to(self, device: torch.device) -> Sight:
         """The same on another device."""
@@ -111,6 +116,8 @@ class Sight:
     def fed(self, trunk: Any, ids_RS: Tensor) -> dict[str, Any]:
         """A decoder's arguments, rotary positions included."""
         keys = self.picture_RS[self.picture_RS != 0].unique().tolist()
+        if self.always and not keys:
+            keys = [min((len(t), int(name)) for name, t in self.media.items() if name.isdigit())[1]]
         seen, feature_RS = None, self.offset_RS
         if keys:
             seen = see(trunk, {key: (self.media[str(key)], self.media[f"{key}.grid"]) for key in keys})

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from agents import cli, train
 from agents.cli import UsageError
-from agents.config import OptimConfig, SaveConfig
+from agents.config import LoraConfig, OptimConfig, SaveConfig
 from agents.dist import World
 from agents.forward import Convention
 from agents.launcher import free_port
@@ -30,7 +30,7 @@ from policy_opt.bank import CRITIC
 from policy_opt.need import VALUES
 from tests.agents.test_learner import ENTROPY, LOGP, batch, loss_of, tiny
 from tests.agents.test_resume import final, finish, forked, newest, same, wait_for_step
-from tests.agents.test_train import model_folder, own_cache, small, start  # noqa: F401  (fixtures)
+from tests.agents.test_train import WARM, model_folder, own_cache, small, start  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -175,10 +175,12 @@ def close(a, b, where: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_a_launched_run_equals_one_process(model_folder, tmp_path, name):  # noqa: F811
+@pytest.mark.parametrize("name, changes", [
+    ("ddp", {}), ("fsdp2", {}), ("fsdp2", {"lora": LoraConfig(rank=2), "warm": replace(WARM, epochs=3)}),
+])  # fmt: skip
+def test_a_launched_run_equals_one_process(model_folder, tmp_path, name, changes):  # noqa: F811
     """Same episodes, same weights and optimizer states; and the checkpoint goes on in any number of processes."""
-    config = small(model_folder, algo="ppo", steps=3, dtype="float64", save=SaveConfig(every=1, keep=9))
+    config = small(model_folder, algo="ppo", steps=3, dtype="float64", save=SaveConfig(every=1, keep=9), **changes)
     start(replace(config, run=None), tmp_path / "one").run()
     log, run = tmp_path / "log", tmp_path / "two"
     assert launched(name, as_arguments(replace(config, run=str(run))), log).wait(250) == 0, log.read_text()

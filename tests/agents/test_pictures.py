@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from agents import lora
 from agents.chat import ChatFormat, ChatFormatError
-from agents.config import OptimConfig
+from agents.config import LoraConfig, OptimConfig
 from agents.dist import World
 from agents.engines.base import SampleParams
 from agents.engines.hf import HFEngine
@@ -273,32 +274,56 @@ def test_a_template_that_drops_images_is_found_out(chat: ChatFormat) -> None:
 # -------------------------------------------------------------------------------------------- two processes
 
 
-def gradients(world: World) -> dict[str, torch.Tensor]:
-    """Of a batch in which few rows show pictures, so that a process may have none of them."""
+def gradients(world: World, kind: str, rank: int = 0, packing: Any = "auto") -> dict[str, torch.Tensor]:
+    """Of a batch in which few rows show pictures, so that a process may have none of them. `rank`: of adapters."""
     tokenizer = seeing_tokenizer()
-    model = seeing_model("qwen3_vl", tokenizer)
-    chat = ChatFormat(tokenizer, pictures=picture_format(model, "qwen3_vl"))
+    model = seeing_model(kind, tokenizer)
+    chat = ChatFormat(tokenizer, pictures=picture_format(model, kind))
+    if rank:
+        lora.adapt(model, LoraConfig(rank=rank), 0)
     words = [talk(f"only words {i}", said=("yes " * i, "no")) for i in range(1, 6)]
     b = batch_of(ledgers_of(chat, [talk("look ", scene("red")), *words]))
-    learner = LMLearner(model, OptimConfig(name="sgd", lr=0.1, beta1=0.0, clip=0.0), world=world, micro_tokens=100)
-    streams = learner.backward(b, [LOGP], lambda rows, live: {"logp_BT": -b.mask_BT[rows].double()})
-    learner.step()
-    return {**streams, **{name: p.detach() for name, p in model.named_parameters()}}
+    config = OptimConfig(name="sgd", lr=0.1, beta1=0.0, clip=0.0)
+    learner = LMLearner(model, config, world=world, micro_tokens=100, packing=packing)
+    out = {}
+    for step in range(2):
+        out |= {f"{step}/{k}": v for k, v in learner.score(b, [LOGP]).items()}
+        pull = {"logp_BT": -b.mask_BT.double()}
+        streams = learner.backward(b, [LOGP], lambda rows, live, p=pull: {k: v[rows] for k, v in p.items()})
+        out |= {f"{step}/live/{k}": v for k, v in streams.items()}
+        out[f"{step}/norm"] = torch.tensor(learner.step()["grad_norm"])
+    with learner.bank.policy.whole() as whole:
+        return out | {name: p.detach().clone() for name, p in whole.named_parameters()}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+SHARED: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"kind": "qwen3_vl"},
+    "qwen2_5_vl": {"kind": "qwen2_5_vl"},
+    "padded": {"kind": "qwen3_vl", "packing": "never"},
+    "adapters": {"kind": "qwen3_vl", "rank": 3},
+}
+"""Cases of `gradients` on two processes."""
+
+
+def worker(rank: int, port: int, folder: str, split: bool) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": "2"}  # fmt: skip
-    world = World.start()
-    torch.save(gradients(world), f"{folder}/{rank}.pt")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", **({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if split else {})}
+    world = World.start(timeout_s=60)
+    assert split == (world.sharding is not None)
+    torch.save({name: gradients(world, **case) for name, case in SHARED.items()}, f"{folder}/{rank}.pt")
     world.close()
 
 
-def test_two_processes_of_which_one_sees_nothing_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.start_processes(worker, (free_port(), str(tmp_path)), nprocs=2, start_method="fork")
-    want = gradients(World())
-    for rank in range(2):
-        got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for name, value in want.items():
-            torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+@pytest.mark.parametrize("split", [False, True])
+def test_two_processes_of_which_one_sees_nothing_equal_one(tmp_path: Path, split: bool) -> None:
+    """With whole weights on each, and with weights that are split over both: the tower's passes are in step."""
+    torch.multiprocessing.start_processes(worker, (free_port(), str(tmp_path), split), nprocs=2, start_method="fork")
+    for name, case in SHARED.items():
+        want = gradients(World(), **case)
+        assert want["0/norm"] > 0 and not torch.equal(want["0/logp_BT"], want["1/logp_BT"])
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{rank}.pt", weights_only=True)[name]
+            assert got.keys() == want.keys()
+            for key, value in want.items():
+                torch.testing.assert_close(got[key], value, rtol=1e-6, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")

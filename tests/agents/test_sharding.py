@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from agents import warm
+from agents import lora, warm
 from agents.cli import UsageError
-from agents.config import OptimConfig, WarmConfig
+from agents.config import LoraConfig, OptimConfig, WarmConfig
 from agents.dist import World
 from agents.engines.hf import HFEngine
 from agents.engines.reference import plain_log_probs
@@ -98,8 +98,24 @@ CASES: dict[str, Callable[[World], dict[str, torch.Tensor]]] = {
     "taken up again": lambda w: seen(taken_up(w)),
     "fingerprint": lambda w: {"hex": torch.tensor(list(fingerprint(split(w, tiny())).encode()))},
     "warm start": lambda w: warmed(w),
-    "sampler": lambda w: sampled(w),
+    "sampler": lambda w: sampled(w, tiny()),
+    "adapters, critic, reference and average": lambda w: seen(
+        trained(w, model=adapted(), bank={"critic": CRITIC, "ref": REFERENCE, "ema": EMA})
+    ),
+    "adapters, recompute": lambda w: seen(trained(w, model=adapted(), recompute=True)),
+    "state of adapters": lambda w: flat(
+        trained(w, model=adapted(), bank={"critic": CRITIC, "ref": REFERENCE}).state_dict()
+    ),
+    "adapters taken up again": lambda w: seen(taken_up(w, adapted)),
+    "warm start beneath adapters": lambda w: warmed_beneath(w),
+    "sampler with adapters": lambda w: sampled(w, adapted()),
 }
+
+
+def adapted() -> Any:
+    model = tiny()
+    lora.adapt(model, LoraConfig(rank=3), 0)
+    return model
 
 
 def flat(tree: Any, where: str = "") -> dict[str, torch.Tensor]:
@@ -116,10 +132,10 @@ def split(world: World, model: Any) -> Any:
     return model
 
 
-def taken_up(world: World) -> LMLearner:
+def taken_up(world: World, make: Callable[[], Any] = tiny) -> LMLearner:
     """A state that one process saved, taken up by this many, and trained on."""
-    state = trained(World(), bank={"critic": CRITIC}, steps=2).state_dict()
-    one = trained(world, bank={"critic": CRITIC}, steps=0)
+    state = trained(World(), model=make(), bank={"critic": CRITIC}, steps=2).state_dict()
+    one = trained(world, model=make(), bank={"critic": CRITIC}, steps=0)
     one.load_state_dict(state)
     for part in (one.bank.policy, one.bank["critic"]):
         part.optimizer.zero_grad()
@@ -133,25 +149,45 @@ def taken_up(world: World) -> LMLearner:
 
 def warmed(world: World) -> dict[str, torch.Tensor]:
     """Imitation, which all processes do together; the second call finds what the first one kept."""
+    out = {}
+    for name in ("trained", "cached"):
+        model = split(world, tiny())
+        assert warm_start(world, model) == name
+        out |= {f"{name}/{k}": full(v).detach() for k, v in model.named_parameters()}
+    return out
+
+
+def warm_start(world: World, model: Any, epochs: int = 1) -> str:
     ledgers = []
     for row in range(4):
         ledger = Ledger()
         ledger.observe([8, 9, 10 + row], 0)
         ledger.act([11, 12, 13 + row], [0.0] * 3, 0, 0)
         ledgers.append(ledger)
+    return warm.warm_start(model, ledgers, WarmConfig(epochs=epochs, batch=2), Convention(1.0, BANNED), seed=0,
+                           micro_tokens=64, world=world, on_step=lambda *_: None)
+
+
+def warmed_beneath(world: World) -> dict[str, torch.Tensor]:
+    """Imitation of the weights under adapters, and training of the adapters over them."""
     out = {}
     for name in ("trained", "cached"):
-        model = split(world, tiny())
-        how = warm.warm_start(model, ledgers, WarmConfig(epochs=1, batch=2), Convention(1.0, BANNED), seed=0,
-                              micro_tokens=64, world=world, on_step=lambda *_: None)
-        assert how == name, how
-        out |= {f"{name}/{k}": full(v).detach() for k, v in model.named_parameters()}
+        model = split(world, adapted())
+        before = {k: full(v).detach().clone() for k, v in model.named_parameters()}
+        with lora.beneath(model, world.sharding) as plain:
+            assert warm_start(world, plain, epochs=2) == name
+        if world.sharding is not None:
+            assert list(world.sharding.models).count(plain) == 0
+        moved = {k for k, v in model.named_parameters() if not torch.equal(full(v).detach(), before[k])}
+        assert moved == {k for k in before if ".lora_" not in k}, "all of the base, and no adapter"
+        assert {k for k, v in model.named_parameters() if v.requires_grad} == set(before) - moved
+        out |= {f"{name}/{k}": v for k, v in seen(trained(world, model=model)).items()}
     return out
 
 
-def sampled(world: World) -> dict[str, torch.Tensor]:
+def sampled(world: World, model: Any) -> dict[str, torch.Tensor]:
     """What an engine draws from gathered weights, before and after an update, and that nothing is left behind."""
-    one = trained(world, steps=0)
+    one = trained(world, model=model, steps=0)
     open_ = one.bank.policy.whole
     with open_() as model:
         engine = HFEngine(model, stop_ids=[1], banned_ids=list(BANNED), rows=2, max_context=32)
@@ -203,7 +239,7 @@ def test_split_weights_equal_whole_ones(found, name, tmp_path, monkeypatch):
     monkeypatch.setenv("PALAESTRA_CACHE", str(tmp_path))
     want = CASES[name](World())
     for rank, got in enumerate(found):
-        if name == "state" and rank:
+        if name.startswith("state") and rank:
             assert not any(v.numel() for k, v in got[name].items() if v.ndim), "the first process alone keeps it"
             continue
         assert got[name].keys() == want.keys()
