@@ -16,7 +16,7 @@ from policy_opt.batch import Batch
 from policy_opt.metrics import over_mask
 from policy_opt.need import LOGP_OLD
 from policy_opt.part import Ctx, Part
-from policy_opt.surrogates import ratio
+from policy_opt.surrogates import ratio, ratio_product
 
 Level = Literal["token", "sequence"]
 
@@ -24,7 +24,7 @@ Level = Literal["token", "sequence"]
 def mismatch(b: Batch, level: Level) -> Tensor:
     """pi_old / sampler on the sampled tokens: per token [B, T], or their product per row [B]."""
     gap_BT = torch.where(b.mask_BT, b["logp_old_BT"] - b.logp_sampler_BT, 0)
-    return ratio(gap_BT) if level == "token" else ratio(gap_BT.sum(1))
+    return ratio(gap_BT) if level == "token" else ratio_product(gap_BT)
 
 
 def weigh(b: Batch, weight: Tensor) -> Batch:

@@ -28,9 +28,18 @@ LOG_RATIO_LIMIT = 20.0
 """exp(20) = 4.9e8 is far beyond any trust region and far from overflow, in float32 too."""
 
 
-def ratio(log_ratio: Tensor) -> Tensor:
+LOG_PRODUCT_LIMIT = 80.0
+"""For products of ratios, which go further by right; exp(80) = 5.5e34 is still a float32."""
+
+
+def ratio(log_ratio: Tensor, limit: float = LOG_RATIO_LIMIT) -> Tensor:
     """exp of a log-ratio, clamped so that nothing overflows."""
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return log_ratio.clamp(-limit, limit).exp()
+
+
+def ratio_product(log_BT: Tensor) -> Tensor:
+    """Product of a row's ratios, from their logarithms (0 outside the mask): [B]."""
+    return ratio(log_BT.sum(1), LOG_PRODUCT_LIMIT)
 
 
 def log_ratio(s: Streams, b: Batch) -> Tensor:
@@ -67,9 +76,9 @@ def check_widths(clip_low: float, clip_high: float) -> None:
 
 
 def check_dual_clip(c: float | None) -> None:
-    """ValueError where c is not above 1."""
-    if c is not None and c <= 1:
-        raise ValueError(f"dual_clip must be above 1 (or None), not {c}")
+    """ValueError where c is below 1."""
+    if c is not None and not c >= 1:
+        raise ValueError(f"dual_clip must be at least 1 (or None), not {c}")
 
 
 def at_most(loss: Tensor, adv: Tensor, c: float | None) -> Tensor:
@@ -92,7 +101,7 @@ class Clip(Part):
     clip_high: float = 0.2
     """Width above 1; larger than clip_low is DAPO's clip-higher."""
     dual_clip: float | None = None
-    """c > 1: where A < 0 the loss is at most -c A. None: off."""
+    """c >= 1: where A < 0 the loss is at most -c A. None: off."""
     by: str = "adv"
     """Stem of the advantage, for a loss with several of them."""
 
@@ -142,7 +151,7 @@ class SequenceClip(Part):
 
     def rho(self, s: Streams, b: Batch) -> Tensor:
         """The row's ratio, 1 for a row without tokens: [B]."""
-        return ratio(log_ratio(s, b).sum(1) if self.product else mean_log_ratio(s, b))
+        return ratio_product(log_ratio(s, b)) if self.product else ratio(mean_log_ratio(s, b))
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
         return clipped(self.rho(s, b), b["adv_B"], self.clip_low, self.clip_high)
@@ -240,7 +249,7 @@ class K3(Part):
     models = WITH_REFERENCE
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        x_BT = (b["logp_ref_BT"] - s["logp_BT"]).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        x_BT = (b["logp_ref_BT"] - s["logp_BT"]).clamp(max=LOG_RATIO_LIMIT)
         return x_BT.exp() - x_BT - 1
 
 

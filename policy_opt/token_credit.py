@@ -94,7 +94,7 @@ class KeepTop(Part):
             ranked_BT = score_BT.sort(dim=1, descending=True).values
             threshold_B = ranked_BT.gather(1, (wanted_B - 1).clamp(min=0)[:, None]).squeeze(1)
         threshold_B = torch.where(count_B > 0, threshold_B, 0)
-        keep_BT = b.mask_BT & (score_BT >= threshold_B[:, None])
+        keep_BT = b.mask_BT & (score_BT >= threshold_B[:, None]) & (wanted_B > 0)[:, None]
         if self.ties == "first":
             keep_BT = self.break_ties(keep_BT, score_BT == threshold_B[:, None], wanted_B, b)
         ctx.log("kept_tokens", float(keep_BT.sum() / b.mask_BT.sum().clamp(min=1)))

@@ -86,7 +86,7 @@ class ClipWithin(Part):
     scope: ClassVar[str] = "row"
     gives: ClassVar[str] = "BT"
     dual_clip: float | None = None
-    """c > 1: where A < 0 the loss is at most -c A. None: off."""
+    """c >= 1: where A < 0 the loss is at most -c A. None: off."""
 
     def __post_init__(self) -> None:
         check_dual_clip(self.dual_clip)
@@ -226,7 +226,7 @@ class SampledKL(Part):
     needs = LOGP, LOGP_OLD
 
     def __call__(self, s: Streams, b: Batch) -> Tensor:
-        x_BT = log_ratio(s, b).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        x_BT = log_ratio(s, b).clamp(max=LOG_RATIO_LIMIT)
         return x_BT.exp() * x_BT - x_BT.expm1()
 
 

@@ -114,7 +114,7 @@ class Trace:
         self.given, self.params = inputs, params or {}
         inputs = vectors.arrange(inputs) if vectors.arrange else inputs
         self.recipe, self.inputs = recipe, inputs
-        self.ids = list(dict.fromkeys(inputs.get("group", [0])))
+        self.ids = list(dict.fromkeys(inputs.get("group") or [0]))
         self.ctx = Ctx(recipe=recipe.slug, paths={id(part): path for path, part in recipe.parts})
         self.streams = {
             stream: torch.tensor(inputs[name], dtype=torch.float64)
@@ -156,7 +156,7 @@ class Trace:
                 columns |= own(self.inputs[name])
             else:
                 given = torch.tensor(self.inputs[name])
-                if given.is_floating_point() or floats & set(own):
+                if given.is_floating_point() or given.dtype == torch.bool or floats & set(own):
                     given = torch.tensor(self.inputs[name], dtype=torch.float64)
                 columns |= dict.fromkeys(own, given)
         rows = len(next(iter(columns.values())))

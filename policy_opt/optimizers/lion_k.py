@@ -74,7 +74,7 @@ def golden(inputs: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
     from policy_opt.catalog import find
 
     refuse_others(params, ("lr", "beta1", "beta2", "weight_decay", "kappa", "p", "e", "k"))
-    options = {name: params[name] for name in ("p", "e", "k") if name in params}
+    options = {name: params[name] for name in ("p", "e", "k") if params.get(name) is not None}
     try:
         kappa = find("kappa", params.get("kappa", "l1"))(**options)
     except TypeError as error:

@@ -143,7 +143,8 @@ def golden(inputs: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, An
     base = params.get("base", "momentum")
     if base not in ("momentum", "adam"):
         raise RecipeError(f"stosignsgd: base {base!r} is neither momentum nor adam")
-    betas = (float(params.get("beta1", 0.9)), float(params.get("beta2", 0.999)))
+    beta2 = params.get("beta2")  # momentum has none
+    betas = (float(params.get("beta1", 0.9)), 0.999 if beta2 is None else float(beta2))
     inner = Optim(base, betas=betas, eps=params.get("eps") if base == "adam" else None)
     optim = Optim("stosignsgd", weight_decay=params.get("weight_decay", 0.0), direction=inner)
 

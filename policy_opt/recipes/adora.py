@@ -26,14 +26,18 @@ from policy_opt.surrogates import K3, Clip
 from policy_opt.terms import Term
 from policy_opt.vectors import Vectors, aggregation
 
+PAPER = "paper_reconstruction"
 JOINED = {"and": "both", "or": "either"}
 OPTIONS = {"criterion": "criterion", "tau": "tau", "w_s": "advantageous"}
 
 
 def form(recipe: Recipe, variant: str | Mapping[str, Any]) -> Recipe:
     """The param variant."""
+    chosen = variant if isinstance(variant, str) else variant.get("variant", PAPER)
+    if chosen != PAPER:
+        return recipe.set(f"variant={chosen}")
     if isinstance(variant, str):
-        return recipe.set(f"variant={variant}")
+        return recipe
     name = variant.get("criterion", "or")
     given = {**variant, "criterion": JOINED.get(name, name)}
     return recipe.set(*(f"advantage.{option}={given[key]}" for key, option in OPTIONS.items() if key in given))

@@ -15,7 +15,7 @@ trajectory is not in the fit and has weight 1; `--set advantage.singles=zero` is
 Not to be confused with TRL's loss_type "bnpo", which is a token mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from policy_opt.advantages import GroupCentre
 from policy_opt.aggregate import SequenceSum
+from policy_opt.baselines import PerScore
 from policy_opt.batch import floating
+from policy_opt.errors import RecipeError
 from policy_opt.group_weights import BetaWeight
 from policy_opt.mapping import own
 from policy_opt.recipe import Recipe
@@ -46,6 +48,13 @@ def scored(value: Sequence[Any]) -> bool:
 def several(recipe: Recipe, count: int) -> Recipe:
     """The param n_components."""
     return recipe if count == 1 else recipe.set("variant=several")
+
+
+def as_released(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
+    """The file has the released code's numbers, which fits prompts with one trajectory too."""
+    if scored(inputs["rewards"]) and len(inputs["rewards"]) > 1 and not isinstance(recipe.advantage[0], PerScore):
+        raise RecipeError(f"{recipe.slug}: {len(inputs['rewards'])} lists of rewards, but the param n_components is 1")
+    return recipe.set("advantage.singles=zero")
 
 
 def components(t: Trace) -> list[dict[str, Any]]:
@@ -82,8 +91,7 @@ recipe = Recipe(
             "loss_agg": aggregation,
         },
         columns={"rewards": scores},
-        # The file has the released code's numbers, which fits prompts with one trajectory too.
-        adapt=lambda recipe, _: recipe.set("advantage.singles=zero"),
+        adapt=as_released,
         outputs={"components": components, "advantages": lambda t: t.per_token("adv")},
     ),
 )

@@ -34,11 +34,13 @@ def sides(recipe: Recipe, symmetric: bool) -> Recipe:
 def remember(t: Trace) -> None:
     """The input adam_state."""
     (part,) = t.recipe.credit
-    given = t.inputs["adam_state"]
-    if given["m"]:
+    given = t.inputs.get("adam_state")
+    if given:
         ids = sorted(given["m"], key=int)
-        first, second = (torch.tensor([given[k][i] for i in ids], dtype=torch.float64) for k in ("m", "v"))
-        t.ctx.state(part).update(t=given["t"], ids=torch.tensor([int(i) for i in ids]), first=first, second=second)
+        width = len(t.inputs["hidden"][0][0])
+        m, v = (torch.tensor([given[k][i] for i in ids], dtype=torch.float64).view(-1, width) for k in ("m", "v"))
+        ids_M = torch.tensor([int(i) for i in ids], dtype=torch.long)
+        t.ctx.state(part).update(t=given["t"], ids=ids_M, first=m, second=v)
 
 
 def after(t: Trace) -> dict[str, object]:

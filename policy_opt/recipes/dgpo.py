@@ -13,7 +13,8 @@ reward is the verdict's and the main reward `correct`; `--set reward=weighted_sc
 The data part of the paper (questions reformulated in three ways) is no part of the update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,13 @@ def components(value: Sequence[Sequence[float]]) -> dict[str, Tensor]:
 
 def summed(recipe: Recipe, weights: Sequence[float]) -> Recipe:
     """The param reward_weights."""
-    return recipe.set(f"reward=weighted_scores(weights={tuple(weights)})", "advantage.by=main_B")
+    by = ["advantage.by=main_B"] if any(isinstance(part, DifficultyWeight) for part in recipe.advantage) else []
+    return recipe.set(f"reward=weighted_scores(weights={tuple(weights)})", *by)
+
+
+def sum_of_all(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
+    """Without the param reward_weights the components are summed."""
+    return recipe if recipe.reward else summed(recipe, [1.0] * len(inputs["reward_components"][0]))
 
 
 def diluted(t: Trace) -> Tensor:
@@ -71,6 +78,7 @@ recipe = Recipe(
             "dqw": lambda recipe, on: recipe if on else recipe.set("advantage-=difficulty_weight"),
         },
         columns={"reward_components": components},
+        adapt=sum_of_all,
         outputs={
             "balanced_advantage": lambda t: t.after(Balanced)["adv_B"],
             "question_weight": lambda t: by_question(

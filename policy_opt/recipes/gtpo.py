@@ -147,7 +147,7 @@ SCALED = ("credit.divide=True", "terms.agg=sequence_mean(across='sum')")
 def distribution(t: Trace) -> None:
     """Log-probs and entropies from the file's logits, as the learner would give them."""
     logp_BTV = torch.tensor(t.inputs["logits_new"], dtype=torch.float64).log_softmax(-1)
-    tokens_BT = torch.tensor(t.inputs["token_ids"]).clamp(max=logp_BTV.shape[-1] - 1)
+    tokens_BT = torch.tensor(t.inputs["token_ids"]).clamp(0, logp_BTV.shape[-1] - 1)
     mask_BT = torch.tensor(t.inputs["mask"])
     t.streams["logp_BT"] = evaluate(LogProb(), logp_BTV, tokens_BT)
     entropy_BT = evaluate(FLOORED, logp_BTV, tokens_BT) * mask_BT

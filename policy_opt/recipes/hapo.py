@@ -136,7 +136,7 @@ class RedistributedClip(Part):
     beta: float = 1.0
     """0: the advantage as it is."""
     dual_clip: float = 10.0
-    """c > 1: where A' < 0 the loss is at most -c A'."""
+    """c >= 1: where A' < 0 the loss is at most -c A'."""
 
     needs = LOGP, LOGP_OLD
     reads = frozenset({"adv", "place_BT", "eps_low", "eps_high"})

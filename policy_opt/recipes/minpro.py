@@ -26,7 +26,7 @@ from policy_opt.mapping import reported
 from policy_opt.part import Part
 from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
-from policy_opt.surrogates import ratio
+from policy_opt.surrogates import LOG_PRODUCT_LIMIT, ratio
 from policy_opt.terms import Term
 from policy_opt.vectors import Vectors
 
@@ -63,7 +63,7 @@ class PrefixMin(Part):
         return torch.where(before_BT, earlier_min(log_BT + lift_BT, b.mask_BT) - lift_BT, 0)
 
     def __call__(self, log_BT: Tensor, b: Batch) -> Tensor:
-        return ratio(self.lowest(log_BT, b) + log_BT)
+        return ratio(self.lowest(log_BT, b) + log_BT, LOG_PRODUCT_LIMIT)
 
     def report(self, log_BT: Tensor, b: Batch) -> dict[str, Tensor]:
         return {"prefix_min_ratio": ratio(self.lowest(log_BT, b)), "unclipped_weight": self(log_BT, b)}

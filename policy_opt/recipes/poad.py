@@ -21,6 +21,9 @@ them (`curriculum.resume=True`), `advantage.after=repeat` takes V of the last to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from policy_opt.action_cases import by_action, one_episode_per_row
 from policy_opt.advantages import GAE, Whiten
 from policy_opt.aggregate import TokenMean
@@ -37,9 +40,9 @@ def standard(t: Trace) -> list[list[float]]:
     return by_action(t, t["adv_BT"], -t.ctx.metrics["adv_mean"] / (t.ctx.metrics["adv_std"] + 1e-8))
 
 
-def as_in_code(recipe: Recipe, algo: str) -> Recipe:
-    """The param `algo`: POAD and NTPO differ in the discounts, which are given apart. The file is the authors'
-    code's, whose statistics leave out zeros, and whose losses are those before the decision to stop.
+def as_in_code(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
+    """The file is the authors' code's, whose statistics leave out zeros, and whose losses are those before the
+    decision to stop.
     """
     never = ("terms.policy.kl_max=1e300", "terms.entropy.kl_max=1e300")
     return recipe.set("advantage.over=nonzero", "advantage.after=value", *never)
@@ -67,7 +70,7 @@ recipe = Recipe(
     variants={"ntpo": ("advantage.gamma=0.95",)},
     vectors=Vectors(
         params={
-            "algo": as_in_code,
+            "algo": (),  # POAD and NTPO differ in the discounts, which are given apart
             "gamma_action": "advantage.turn_gamma",
             "gamma_token": "advantage.gamma",
             "lam": ("advantage.lam", "advantage.turn_lam"),
@@ -85,6 +88,7 @@ recipe = Recipe(
             "after": ("bootstrap_B",),
         },
         arrange=one_episode_per_row,
+        adapt=as_in_code,
         stages=("advantage",),
         outputs={
             "advantages_raw": lambda t: by_action(t, t.after(GAE)["adv_BT"]),

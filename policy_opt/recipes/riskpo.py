@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from policy_opt.bundles import Bundle, PaperScore, TailRisk
+from policy_opt.errors import RecipeError
 from policy_opt.mapping import by_id, numbered, optional, own
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import SequenceClip
@@ -41,14 +42,17 @@ def released(recipe: Recipe, w_mix: float) -> Recipe:
 
 def dealt(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
     """A case's bundles come with it, the k-th responses of a bundle's questions are a paper."""
-    known = "scores" in inputs or inputs.get("q_alpha") is not None
+    given = [inputs.get(name) is not None for name in ("q_alpha", "q_beta")]
+    if given[0] != given[1]:
+        raise RecipeError(f"{recipe.slug}: q_alpha and q_beta are both tracked, or both null")
+    known = "scores" in inputs or given[0]
     return recipe.set("reward.permute=False", f"advantage.quantiles={'tracked' if known else 'batch'}")
 
 
 def singles(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A case of the tracker: every score is that of a bundle of one question with one response."""
+    """Questions by bundle and name. A case of the tracker: every score is a bundle's, of one question and response."""
     if "scores" not in inputs:
-        return inputs
+        return {**inputs, "group": list(zip(inputs["bundle"], inputs["group"], strict=True))}
     ids = list(range(len(inputs["scores"])))
     return {**inputs, "rewards": inputs["scores"], "group": ids, "bundle": ids}
 

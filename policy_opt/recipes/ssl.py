@@ -13,12 +13,15 @@ R, K = 4, aggregation before the zones, Gaussian fields for clicks, blocks for g
 Gaussian, borders and values of the zones, alpha, the block rule, that failures are paid too; each is an option.
 """
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from policy_opt.errors import RecipeError, unknown
 from policy_opt.mapping import padded
 from policy_opt.proximity import SweetSpot
 from policy_opt.recipe import Recipe
@@ -27,10 +30,9 @@ from policy_opt.vectors import Trace, Vectors
 
 
 def clicks(recipe: Recipe, sigma: float = 0.5) -> Recipe:
-    """The recipe on clicks and boxes."""
-    return recipe.set(
-        f"signals=click_proximity(sigma={sigma})", "reward.by=click_proximity_B", "reward.outcome=click_inside_B"
-    )
+    """The recipe on clicks and boxes: by distance, whose zones are paid by the upper rule."""
+    columns = "reward.by=click_proximity_B", "reward.outcome=click_inside_B", "reward.rule=upper"
+    return recipe.set(f"signals=click_proximity(sigma={sigma})", *columns)
 
 
 def grids(recipe: Recipe, block: int = 3) -> Recipe:
@@ -45,7 +47,20 @@ def fitting(recipe: Recipe, inputs: Mapping[str, Any]) -> Recipe:
         return recipe.set("reward.by=steps_BS")
     if recipe.signals:
         return recipe
-    return clicks(recipe) if "points" in inputs else grids(recipe)
+    return clicks(recipe) if "points" in inputs else grids(recipe, math.isqrt(len(inputs["ground_truth"])))
+
+
+def deviation(recipe: Recipe, name: str) -> Recipe:
+    """The param grpo_std."""
+    kinds = {"population": 0, "unbiased": 1}
+    if name not in kinds:
+        raise RecipeError(f"{recipe.slug}: {unknown('grpo_std', name, kinds)}")
+    return recipe.set(f"advantage.ddof={kinds[name]}")
+
+
+def first_word(text: str) -> str:
+    """Of a param that goes on to explain itself."""
+    return re.split(r"\W", text, maxsplit=1)[0]
 
 
 def numbers(names: Sequence[str], values: Any) -> dict[str, Tensor]:
@@ -94,9 +109,9 @@ recipe: Recipe = GRPO.replace(
             "block": grids,
             "K": "reward.zones",
             "alpha": "reward.alpha",
-            "zone_rule": lambda recipe, text: recipe.set(f"reward.rule={text.split(':')[0]}"),
-            "aggregate": lambda recipe, text: recipe.set(f"reward.several={text.split()[0]}"),
-            "grpo_std": lambda recipe, text: recipe.set(f"advantage.ddof={int(text == 'unbiased')}"),
+            "zone_rule": lambda recipe, text: recipe.set(f"reward.rule={first_word(text)}"),
+            "aggregate": lambda recipe, text: recipe.set(f"reward.several={first_word(text)}"),
+            "grpo_std": lambda recipe, text: deviation(recipe, first_word(text)),
             "grpo_eps": "advantage.eps",
         },
         arrange=flat,

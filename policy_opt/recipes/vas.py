@@ -69,9 +69,9 @@ def weights(t: Trace) -> Tensor:
 
 def batches(t: Trace) -> tuple[list[list[int]], int]:
     """(tasks of each batch, position of the walk after them)."""
-    size, found, position = t.params["batch_size"], [], t.inputs["random_position"]
+    size, found, position = int(t.params["batch_size"]), [], t.inputs["random_position"]
     count = order(t).weighted(size)
-    for i in range(t.params["batches"]):
+    for i in range(int(t.params["batches"])):
         walked, position = walk(t.inputs["random_pool"], position, size - count)
         found.append(alternate(t.inputs["weighted_draws"][i * count : (i + 1) * count], walked))
     return found, position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 
@@ -98,6 +99,82 @@ def test_params_that_stand_at_their_default_may_be_left_out():
     inputs, params, wanted = case_of("bnpo")
     del params["n_components"]
     assert conformance.difference(outputs("bnpo", inputs, params, *wanted), wanted)[1] == ""
+
+
+@pytest.mark.parametrize("method, number, gone", [
+    ("ssl", 0, "zone_rule"), ("ssl", 0, "sigma_fraction_of_size"), ("ssl", 1, "block"), ("poad", 0, "algo"),
+    ("poad", 1, "algo"), ("dgpo", 0, "reward_weights"),
+])  # fmt: skip
+def test_what_a_case_shows_by_itself_need_not_be_said(method: str, number: int, gone: str) -> None:
+    inputs, params, wanted = case_of(method, number)
+    if gone == "reward_weights":
+        params[gone] = [1.0] * len(params[gone])
+    want = outputs(method, inputs, params, *wanted)
+    del params[gone]
+    assert conformance.difference(outputs(method, inputs, params, *wanted), want)[1] == ""
+
+
+def test_far_below_the_reference_the_penalty_goes_on_growing() -> None:
+    """k3 is linear there, and cannot overflow."""
+    inputs, params, _ = case_of("grpo")
+    inputs["logp_ref"] = [[x - 25.0 for x in row] for row in inputs["logp_new"]]
+    found = outputs("grpo", inputs, params, "kl_loss")["kl_loss"]
+    inputs["logp_ref"] = [[x - 1.0 for x in row] for row in inputs["logp_ref"]]
+    assert outputs("grpo", inputs, params, "kl_loss")["kl_loss"] - found == pytest.approx(1.0)
+
+
+def test_products_of_ratios_go_further_than_ratios() -> None:
+    inputs, params, _ = case_of("minpro")
+    inputs["logp_new"] = [[old - 13.0 for old in row] for row in inputs["logp_old"]]
+    found = outputs("minpro", inputs, params, "unclipped_weight")["unclipped_weight"]
+    assert min(x for row in found for x in row if x) == pytest.approx(math.exp(-26))
+
+
+def test_adam_counts_steps_that_rejected_everything() -> None:
+    inputs, params, _ = case_of("capo_curvature")
+    inputs["adam_state"] = {"t": 1, "m": {}, "v": {}}
+    assert outputs("capo_curvature", inputs, params, "adam_state_after")["adam_state_after"]["t"] == 2
+    one = case_of("capo_curvature", 1)
+    del one[0]["adam_state"]
+    assert conformance.difference(outputs("capo_curvature", one[0], one[1], *one[2]), one[2])[1] == ""
+
+
+def test_no_share_of_the_tokens_keeps_none() -> None:
+    inputs, params, _ = case_of("d3s")
+    params |= {"K_init": 0.0, "K_final": 0.0}
+    assert not any(numbers(outputs("d3s", inputs, params, "grad_logp_new")))
+
+
+def test_questions_may_have_the_same_name_in_two_bundles() -> None:
+    inputs, params, wanted = case_of("riskpo")
+    twice = {name: value * 2 if isinstance(value, list) else value for name, value in inputs.items()}
+    twice["bundle"] = [*inputs["bundle"], *("second" for _ in inputs["bundle"])]
+    apart = {**twice, "group": [*inputs["group"], *(f"other {group}" for group in inputs["group"])]}
+    assert outputs("riskpo", twice, params, *wanted) == outputs("riskpo", apart, params, *wanted)
+
+
+def test_variants_by_name_and_in_a_table() -> None:
+    for number, name in enumerate(("llm_release", "vl_release")):
+        inputs, params, wanted = case_of("adora", number)
+        found = outputs("adora", inputs, {**params, "variant": {"variant": name}}, *wanted)
+        assert conformance.difference(found, wanted)[1] == ""
+
+
+@pytest.mark.parametrize("method, number, change, words", [
+    ("bnpo", 2, {"n_components": None}, "lists of rewards"),
+    ("riskpo", 1, {"q_alpha": None}, "both tracked, or both null"),
+    ("ssl", 0, {"grpo_std": "sample"}, "unknown grpo_std `sample`"),
+])  # fmt: skip
+def test_what_a_case_leaves_open_is_a_miss_that_says_so(method: str, number: int, change: dict, words: str) -> None:
+    case = copy.deepcopy(CONTENT[method]["cases"][number])
+    for name, value in change.items():
+        place = case["params"] if name in case["params"] else case["inputs"]
+        if value is None and place is case["params"]:
+            del place[name]
+        else:
+            place[name] = value
+    (miss,) = conformance.compare({"method": method, "cases": [case]}).misses
+    assert words in miss.reason
 
 
 @pytest.mark.parametrize("method", WITH_LOSS)

@@ -92,7 +92,7 @@ def test_controllers():
         lambda: GroupNorm(ddof=2),
         lambda: GroupNorm(eps=-1.0),
         lambda: Clip(-0.1, 0.2),
-        lambda: Clip(dual_clip=1.0),
+        lambda: Clip(dual_clip=0.9),
         lambda: ConstantLength(0),
         lambda: TIS(cap=0.0),
         lambda: MIS(low=2.0, high=1.0).check(),
