@@ -37,7 +37,7 @@ def cluster():
     found.shutdown()
 
 
-def start(cluster, count: int, spec: str = FAULTY, timeout_s: float = 20.0, **arguments) -> WorkerPool:
+def start(cluster, count: int, spec: str = FAULTY, timeout_s: float = 90.0, **arguments) -> WorkerPool:
     config = WorkerConfig(ray=cluster.address, memory_gib=0.5, timeout_s=timeout_s)
     return start_workers(spec, arguments, count, config)
 
@@ -50,7 +50,7 @@ def test_actors_play_as_processes_do(cluster, capfd) -> None:
     pool = start(cluster, 1, what="kill", on=[1])
     assert [t.stop_reason for t in talk(pool, 4)] == ["answered", "error:WorkerDied", "answered", "answered"]
     pool.close()
-    pool = start(cluster, 1, timeout_s=2.0, what="hang", on=[1])
+    pool = start(cluster, 1, timeout_s=5.0, what="hang", on=[1])
     assert [t.stop_reason for t in talk(pool, 4)] == ["answered", "error:WorkerTimeout", "answered", "answered"]
     assert pool.losses == {"WorkerTimeout": 1}
     pool.close()

@@ -243,7 +243,7 @@ def test_a_worker_that_dies_costs_the_episodes_that_it_held(start, what: str, re
 
 
 def test_a_worker_that_hangs_is_ended_and_counted(start) -> None:
-    pool = start(FAULTY, 1, WorkerConfig(timeout_s=0.5), what="hang", on=[1, 4])
+    pool = start(FAULTY, 1, WorkerConfig(timeout_s=1.5), what="hang", on=[1, 4])
     first = pids(pool)
     played = talk(pool, threads=1)
     assert [t.stop_reason for t in played] == ["answered", "error:WorkerTimeout", *["answered"] * 2,
