@@ -16,18 +16,19 @@ Melo et al. 2025, arXiv 2510.00819. Everything here is a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot
 
 from policy_opt.batch import Batch
 from policy_opt.need import Hidden, Need, TopKIds, TopKLogProb
 from policy_opt.part import Ctx, Part
 
+LN2 = math.log(2)
 CACHED, CHUNK = 2**17, 2**26
 """Numbers of a [tokens, ids] or [tokens, ids, hidden] tensor held at once: on a processor with a cache; elsewhere."""
 
@@ -165,7 +166,12 @@ def contractions(n: Tokens, adam: AdamStep | None) -> Tensor:
     w_NV = adam(n) if adam else n.v_NV
     scale_N = torch.ones_like(n.adv_N) if adam else n.adv_N * n.hidden_ND.square().sum(1)
     pw_NV = n.pi_NV * w_NV
-    return torch.stack([vecdot(n.v_NV, w_NV), pw_NV.sum(1), vecdot(pw_NV, w_NV), scale_N, n.adv_N])
+    return torch.stack([summed(n.v_NV * w_NV), summed(pw_NV), summed(pw_NV.mul_(w_NV)), scale_N, n.adv_N])
+
+
+def summed(x_NV: Tensor) -> Tensor:
+    """Sums of short rows: a product with ones takes less time than a reduction."""
+    return x_NV @ x_NV.new_ones(x_NV.shape[1])
 
 
 @dataclass(frozen=True)
@@ -211,17 +217,17 @@ class Curvature(Part):
     writes = frozenset({"gain_BT", "hessian_BT", "fisher_BT", "objective_shift_BT", "policy_shift_BT"})
     overwrites = frozenset({"mask_BT"})
 
-    def tokens(self, b: Batch) -> Iterator[Tokens]:
-        """The batch's policy tokens, some at a time."""
+    def tokens(self, b: Batch, here_N: Tensor) -> Iterator[Tokens]:
+        """The batch's policy tokens, which stand at `here_N` of all B T, some at a time."""
         names = "top_logp_now_BTK", "top_ids_now_BTK", "hidden_now_BTD"
         columns = [x.flatten(0, 1) for x in (b.tokens_BT, b.per_token("adv"), *(b[name] for name in names))]
-        here_N = b.mask_BT.flatten().nonzero().squeeze(1)
         for here_C in here_N.split(at_once(here_N, b[names[0]].shape[2])):
             sampled_N, adv_N, logp_NV, ids_NV, hidden_ND = (x.index_select(0, here_C) for x in columns)
             # Log-probs of the most likely ids: exp cannot overflow, nor underflow for all of them.
-            pi_NV = logp_NV.to(hidden_ND.dtype).exp_()
-            pi_NV /= pi_NV.sum(1, keepdim=True)
-            v_NV = torch.eq(ids_NV, sampled_N[:, None], out=torch.empty_like(pi_NV)).sub_(pi_NV)
+            pi_NV = logp_NV.to(hidden_ND.dtype).mul_(1 / LN2).exp2_()  # which is quicker than exp
+            pi_NV /= summed(pi_NV)[:, None]
+            sampled_N1 = sampled_N.int()[:, None]  # numbers of half the size are compared in half the time
+            v_NV = torch.eq(ids_NV.int(), sampled_N1, out=torch.empty_like(pi_NV)).sub_(pi_NV)
             yield Tokens(adv_N.to(pi_NV.dtype), pi_NV, ids_NV, hidden_ND, v_NV)
 
     def __call__(self, b: Batch, ctx: Ctx) -> Batch:
@@ -230,7 +236,9 @@ class Curvature(Part):
         adam = None
         if self.model == "adam" and len(moments.ids_M):
             adam = AdamStep.after(moments, self.beta1, self.beta2, self.eps)
-        s_N, mean_N, square_N, scale_N, adv_N = torch.cat([contractions(n, adam) for n in self.tokens(b)], 1)
+        here_N = b.mask_BT.flatten().nonzero().squeeze(1)
+        found = [contractions(n, adam) for n in self.tokens(b, here_N)]
+        s_N, mean_N, square_N, scale_N, adv_N = torch.cat(found, 1)
         s_N, mean_N, square_N = scale_N * s_N, scale_N * mean_N, scale_N.square() * square_N
         # <g, u> = sum_j A v_j <h, u_j>.
         gain_N, fisher_N = adv_N * s_N, s_N.square()
@@ -246,7 +254,7 @@ class Curvature(Part):
         ctx.log("rejected_tokens", float((~keep_N).sum()) / max(keep_N.numel(), 1))
 
         def placed(value_N: Tensor) -> Tensor:
-            return value_N.new_zeros(b.B, b.T).masked_scatter_(b.mask_BT, value_N)
+            return value_N.new_zeros(b.B * b.T).scatter_(0, here_N, value_N).view(b.B, b.T)
 
         return b.put(
             gain_BT=placed(gain_N),
@@ -264,8 +272,9 @@ class Curvature(Part):
             return
         moments = Moments.of(ctx.state(self), b["hidden_now_BTD"][0])
         ids_M, mean_MD = moments.ids_M[:0], moments.first_MD[:0]
-        if b.mask_BT.any():
-            n = Tokens(*(torch.cat(x) for x in zip(*self.tokens(b), strict=True)))
+        here_N = b.mask_BT.flatten().nonzero().squeeze(1)
+        if len(here_N):
+            n = Tokens(*(torch.cat(x) for x in zip(*self.tokens(b, here_N), strict=True)))
             ids_M, mean_MD = mean_gradient(n)
         ctx.state(self).update(moments.stepped(ids_M, mean_MD, self.beta1, self.beta2).state())
 
