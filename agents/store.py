@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from agents.engines.base import SampleParams
 from agents.ledger import Ledger, Segment, Span
@@ -186,12 +187,25 @@ class TrajectoryReader(Sequence[Trajectory]):
             raise StoreError(f"record {i} of {self._path} cannot be read: {error}") from error
         return record
 
-    def with_images(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def with_images(
+        self, messages: Sequence[Mapping[str, Any]], without: Callable[[StoreError], None] | None = None
+    ) -> list[dict[str, Any]]:
         """Messages as they are stored with their images in place.
 
-        Raises StoreError for an image whose file is missing, damaged, or named as none of this store is.
+        Raises StoreError for an image whose file is missing, damaged, or named as none of this store is; with
+        `without`, which is told the error, the messages then have that image's name and size instead.
         """
-        return [restored(message, self._images.load) for message in messages]
+
+        def load(name: Any) -> Image.Image | None:
+            try:
+                return self._images.load(name)
+            except StoreError as error:
+                if without is None:
+                    raise
+                without(error)
+                return None
+
+        return [restored(message, load) for message in messages]
 
     def records(self) -> Iterator[Stored]:
         """All records in order."""

@@ -91,12 +91,13 @@ def stored(message: Mapping[str, Any], keep: Callable[[Any], str]) -> dict[str, 
     return _with_parts(message, part)
 
 
-def restored(message: Mapping[str, Any], load: Callable[[Any], Image.Image]) -> dict[str, Any]:
-    """Inverse of `stored`; images of which a store of old kept the size only stay as they are."""
+def restored(message: Mapping[str, Any], load: Callable[[Any], Image.Image | None]) -> dict[str, Any]:
+    """Inverse of `stored`; images of which a store of old kept the size only, or that are not had, stay as they are."""
 
     def part(x: Any) -> Any:
         image: Any = x.get("image") if isinstance(x, Mapping) else None
-        return {**x, "image": load(image["png"])} if isinstance(image, Mapping) and "png" in image else x
+        found = load(image["png"]) if isinstance(image, Mapping) and "png" in image else None
+        return x if found is None else {**x, "image": found}
 
     return _with_parts(message, part)
 

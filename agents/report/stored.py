@@ -21,7 +21,8 @@ class Episodes:
 
     def __init__(self, run: Path, limit: int) -> None:
         self.notes: list[str] = []
-        self._damaged = self._without = 0
+        self._damaged = 0
+        self._missed = False
         self._reader: TrajectoryReader | None = None
         folder = run / "trajectories"
         if folder.is_dir():
@@ -43,14 +44,18 @@ class Episodes:
                 yield Entry(step if isinstance(step, int) else None, stored.trajectory, stored.columns)
 
     def _add_images(self, stored: Stored) -> None:
-        """The episode's images in their places; counted, and shown by size, where they cannot be read."""
+        """The episode's images in their places; said, and shown by size, where they cannot be read."""
         assert self._reader is not None
         try:
-            stored.trajectory.messages = self._reader.with_images(stored.trajectory.messages)
-        except (StoreError, TypeError, AttributeError):  # of messages that somebody else wrote, too
-            self._without += 1
-            if self._without == 1:
-                self.notes.append("images of some episodes are missing or damaged")
+            stored.trajectory.messages = self._reader.with_images(stored.trajectory.messages, self._miss)
+        except (TypeError, AttributeError) as error:  # of messages that somebody else wrote
+            self._miss(error)
+
+    def _miss(self, error: Exception) -> None:
+        """An image is not to be had: said once."""
+        if not self._missed:
+            self.notes.append("images of some episodes are missing or damaged")
+        self._missed = True
 
     def _read(self, i: int) -> Stored | None:
         """Record i; None, counted, where it is damaged."""

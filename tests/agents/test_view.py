@@ -184,6 +184,19 @@ def test_images_of_a_run_folder_are_shown_and_missing_ones_are_said(run_folder):
     assert sorted(parts, key=str) == [{"width": 8, "height": 6, "image": n} for n in (0, None)]
 
 
+def test_an_episode_shows_the_images_that_are_left(run_folder):
+    with TrajectoryWriter(run_folder / "trajectories") as writer:
+        writer.append(pictured(*(Image.new("RGB", (8, 6), c) for c in ("red", "blue"))).trajectory, step=5)
+    files = {Image.open(path).getpixel((0, 0)): path for path in (run_folder / "trajectories" / "images").iterdir()}
+    files[0, 0, 255].unlink()
+    html = write_report(run_folder).read_text()
+    assert [image.getpixel((0, 0)) for image in shown_images(html)] == [(255, 0, 0)]
+    summary, blocks = contents(html)
+    assert "images of some episodes are missing" in summary["table"]["note"]
+    parts = blocks[-1][-1]["messages"][1]["parts"]
+    assert [part["image"] for part in parts if isinstance(part, dict)] == [0, None]
+
+
 def test_two_thousand_trajectories_stay_small():
     html = render.render(build(thousands(), total=12_800))
     summary, _ = contents(html)
