@@ -50,8 +50,8 @@ class Vectors:
     method: str = ""
     """The file's `method`; empty: the recipe's slug. Several recipes may share a file."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """Param -> path of an option, tuple of paths (empty: it means nothing to this recipe), or function
-    (recipe, value) -> recipe. Applied in this order."""
+    """Params beside, or instead of, the usual ones -> path of an option, tuple of paths (empty: it means nothing
+    to this recipe), or function (recipe, value) -> recipe. Applied in this order, before the usual ones."""
     outputs: Mapping[str, Callable[[Trace], Any]] = field(default_factory=dict)
     """Outputs beside, or instead of, the usual ones."""
     stages: tuple[str, ...] = ("reward", "advantage", "credit")
@@ -81,11 +81,30 @@ def aggregation(recipe: Recipe, name: str) -> Recipe:
     return recipe.replace(terms=tuple(dataclasses.replace(term, agg=known[name]) for term in recipe.terms))
 
 
+BOTH_WIDTHS = ("terms.clip_low", "terms.clip_high")
+PARAMS: dict[str, Any] = {
+    "adv_eps": "advantage.eps",
+    "std_ddof": "advantage.ddof",
+    "clip": BOTH_WIDTHS,
+    "clip_eps": BOTH_WIDTHS,
+    "clip_low": "terms.clip_low",
+    "clip_high": "terms.clip_high",
+    "eps_low": "terms.clip_low",
+    "eps_high": "terms.clip_high",
+    "dual_clip_c": "terms.dual_clip",
+    "value_clip": "terms.value_clip",
+    "kl_beta": "terms.kl.coef",
+    "loss_agg": aggregation,
+}
+"""Params that mean the same in every file."""
+
+
 def configure(recipe: Recipe, params: Mapping[str, Any]) -> Recipe:
     """The recipe with a case's params; RecipeError on one that it does not know."""
     from policy_opt.options import assign
 
-    mapping = (recipe.vectors or Vectors()).params
+    own = (recipe.vectors or Vectors()).params
+    mapping = {**own, **{name: target for name, target in PARAMS.items() if name not in own}}
     strange = params.keys() - mapping.keys()
     if strange:
         raise RecipeError(f"{recipe.slug}: {unknown('param', min(strange), mapping)}")

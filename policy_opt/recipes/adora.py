@@ -24,7 +24,7 @@ from policy_opt.mapping import by_id
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import K3, Clip
 from policy_opt.terms import Term
-from policy_opt.vectors import Vectors, aggregation
+from policy_opt.vectors import Vectors
 
 PAPER = "paper_reconstruction"
 JOINED = {"and": "both", "or": "either"}
@@ -70,10 +70,6 @@ recipe = Recipe(
             "lambda": "advantage.other",
             "correct_score": "advantage.correct_above",
             "max_length_threshold": "advantage.max_length",
-            "kl_beta": "terms.kl.coef",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
-            "loss_agg": aggregation,
         },
         columns={"lengths": ("length_B",)},
         outputs={"group_weight": lambda t: by_id(t, t["group_weight_B"]), "advantage_per_traj": lambda t: t["adv_B"]},

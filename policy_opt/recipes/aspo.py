@@ -95,8 +95,6 @@ recipe: Recipe = DAPO.replace(
         params={
             "delta": "advantage.delta",
             "k": "advantage.k",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
         },
         columns={
             "first_tool_pos": calls,

@@ -31,7 +31,7 @@ from policy_opt.mapping import own
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors, aggregation
+from policy_opt.vectors import Trace, Vectors
 
 
 def scores(value: Sequence[Any]) -> dict[str, Tensor]:
@@ -85,10 +85,6 @@ recipe = Recipe(
             "reward_min": "advantage.low",
             "reward_max": "advantage.high",
             "weight_max": "advantage.cap",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
-            "dual_clip_c": "terms.dual_clip",
-            "loss_agg": aggregation,
         },
         columns={"rewards": scores},
         adapt=as_released,

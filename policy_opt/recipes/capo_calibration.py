@@ -36,7 +36,6 @@ recipe = Recipe(
             "norm": "advantage.norm",
             "ref_high": "credit.high",
             "ref_low": "credit.low",
-            "clip": ("terms.clip_low", "terms.clip_high"),
             "agg": aggregation,
         },
         outputs={

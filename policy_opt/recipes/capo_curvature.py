@@ -81,7 +81,6 @@ recipe = Recipe(
             "beta1": "credit.beta1",
             "beta2": "credit.beta2",
             "eps": "credit.eps",
-            "clip": ("terms.clip_low", "terms.clip_high"),
         },
         columns={
             "action_ids": ("tokens_BT",),

@@ -27,12 +27,6 @@ recipe = Recipe(
     advantage=(GroupNorm(eps=1e-6, ddof=1),),
     terms=(Term(CappedWeight(clip_low=1.0, clip_high=0.28), agg=TokenMean()),),
     vectors=Vectors(
-        params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
-            "eps_low": "terms.clip_low",
-            "eps_high": "terms.clip_high",
-        },
         outputs=reported("is_weight"),
     ),
 )

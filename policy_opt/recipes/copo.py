@@ -31,7 +31,7 @@ from policy_opt.part import Ctx, Part
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import Clip
 from policy_opt.terms import Term
-from policy_opt.vectors import Vectors, aggregation
+from policy_opt.vectors import Vectors
 
 Mode = Literal[
     "soft_with_zero", "only_soft", "soft_with_forced", "only_zero", "only_forced", "only_global", "no_global"
@@ -95,7 +95,6 @@ recipe = Recipe(
             "eps": ("advantage.group_norm.eps", "advantage.prompt_norm.eps"),
             "entropy_log_base": (),
             "entropy_eps": "signals.eps",
-            "loss_agg": aggregation,
         },
         columns={"answers": lambda texts: {"answer_B": torch.tensor(numbered(texts))}},
         outputs={

@@ -94,7 +94,6 @@ recipe = Recipe(
             "K_final": "credit.keep_top.fraction.end",
             "progress": progress,
             "mode": scope,
-            "clip": ("terms.clip_low", "terms.clip_high"),
         },
         columns={"entropy": ("entropy_old_BT",)},
         outputs={

@@ -41,10 +41,6 @@ recipe = Recipe(
     terms=(Term(Clip(clip_low=0.2, clip_high=0.28), agg=TokenMean()),),
     vectors=Vectors(
         params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
-            "eps_low": "terms.clip_low",
-            "eps_high": "terms.clip_high",
             "max_len": "reward.max_len",
             "cache_len": "reward.cache_len",
             "overlong_factor": "reward.factor",

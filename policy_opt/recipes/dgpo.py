@@ -72,8 +72,6 @@ recipe = Recipe(
             "reward_weights": summed,
             "temperature": "advantage.temperature",
             "eps": "advantage.eps",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
             "loss_agg": (),
             "dqw": lambda recipe, on: recipe if on else recipe.set("advantage-=difficulty_weight"),
         },

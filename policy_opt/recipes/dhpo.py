@@ -119,8 +119,6 @@ recipe = Recipe(
     variants={"entropy": ("signals=min_max(into='token_share_BT', eps=1e-8)", "terms.weight=token_share_BT")},
     vectors=Vectors(
         params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
             "alpha": "terms.weight",
             "mixing": variant("average"),
             "minmax_eps": optional("signals.eps"),

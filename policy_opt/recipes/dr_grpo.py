@@ -27,9 +27,6 @@ recipe = Recipe(
     advantage=(GroupCentre(),),
     terms=(Term(Clip(clip_low=0.2, clip_high=0.2), agg=ConstantLength(1024)),),
     vectors=Vectors(
-        params={
-            "clip_eps": ("terms.clip_low", "terms.clip_high"),
-            "max_completion_length": "terms.agg.length",
-        },
+        params={"max_completion_length": "terms.agg.length"},
     ),
 )

@@ -83,8 +83,6 @@ recipe = Recipe(
     vectors=Vectors(
         params={
             "rho": "credit.fraction",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
             "beta": "terms.kl.coef",
         },
         columns={"entropy": ("entropy_old_BT",)},

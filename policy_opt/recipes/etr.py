@@ -16,7 +16,7 @@ from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
 from policy_opt.terms import Term
 from policy_opt.trust import CapWidths, ClipWithin, WidenByAdvantage, WidenByVariance, Widths
-from policy_opt.vectors import Vectors, aggregation
+from policy_opt.vectors import Vectors
 
 recipe = Recipe(
     slug="etr",
@@ -37,14 +37,11 @@ recipe = Recipe(
     schedule=Schedule((Step(minibatches=4),)),
     vectors=Vectors(
         params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
             "eps_low": "credit.widths.low",
             "eps_high": "credit.widths.high",
             "eps_max": "credit.most",
             "alpha_micro": "credit.widen_by_advantage.alpha",
             "alpha_macro": "credit.widen_by_variance.alpha",
-            "loss_agg": aggregation,
         },
         outputs={
             "group_variance_norm": lambda t: t["variance_B"],

@@ -79,10 +79,8 @@ recipe = Recipe(
     vectors=Vectors(
         params={
             "beta": "terms.kl.base",
-            "clip": ("terms.clip_low", "terms.clip_high"),
             "sigma": "curriculum.order.sigma",
             "ema": "curriculum.order.ema",
-            "adv_eps": "advantage.eps",
         },
         arrange=lambda given: {
             **given,

@@ -40,8 +40,6 @@ recipe = Recipe(
     },
     vectors=Vectors(
         params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
             "form": variant("trajectory"),
             "eps": optional("terms.gate.eps"),
             "C_plus": optional("terms.gate.c_plus"),

@@ -22,7 +22,7 @@ from policy_opt.schedule import Schedule, Step
 from policy_opt.surrogates import K3
 from policy_opt.terms import Term
 from policy_opt.trust import MedianSignal, RatioTarget
-from policy_opt.vectors import Vectors, aggregation
+from policy_opt.vectors import Vectors
 
 
 def norm_std(recipe: Recipe, divide: bool) -> Recipe:
@@ -52,9 +52,6 @@ recipe = Recipe(
             "std_ddof": ("advantage.group_norm.ddof", "advantage.median_signal.ddof"),
             "temperature": "advantage.temperature",
             "norm_std": norm_std,
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
-            "loss_agg": aggregation,
         },
         outputs={
             "median_target_signal": lambda t: t["signal_B"],

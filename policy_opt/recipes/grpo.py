@@ -15,7 +15,7 @@ from policy_opt.advantages import GroupNorm
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import K3, Clip
 from policy_opt.terms import Term
-from policy_opt.vectors import Vectors, aggregation
+from policy_opt.vectors import Vectors
 
 recipe = Recipe(
     slug="grpo",
@@ -30,13 +30,6 @@ recipe = Recipe(
         Term(K3(), coef=0.0, name="kl", weights=()),
     ),
     vectors=Vectors(
-        params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
-            "clip_eps": ("terms.clip_low", "terms.clip_high"),
-            "kl_beta": "terms.kl.coef",
-            "loss_agg": aggregation,
-        },
         outputs={
             "pg_loss": lambda t: t.term("policy")[0],
             "kl_loss": lambda t: t.term("kl")[0],

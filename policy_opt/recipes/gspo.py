@@ -27,12 +27,6 @@ recipe = Recipe(
     terms=(Term(SequenceClip(clip_low=3e-4, clip_high=4e-4)),),
     schedule=Schedule((Step(minibatches=4),)),
     vectors=Vectors(
-        params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
-            "eps_low": "terms.clip_low",
-            "eps_high": "terms.clip_high",
-        },
         outputs={
             "seq_ratio": lambda t: t.report("ratio"),
             "seq_clipped": lambda t: t.report("clip_frac"),

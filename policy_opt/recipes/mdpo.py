@@ -181,8 +181,6 @@ recipe = Recipe(
     vectors=Vectors(
         params={
             "form": form,
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
             "t_k": lambda r, t_k: assign(r, "terms.kl.coef", 1 / t_k),
             "tsallis_q": tsallis,
             "kl_coef": "terms.kl_coef",

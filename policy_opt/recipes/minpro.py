@@ -80,12 +80,6 @@ recipe = Recipe(
     terms=(Term(CappedWeight(clip_low=1.0, clip_high=0.28, gate=PrefixMin()), agg=TokenMean()),),
     schedule=Schedule((Step(minibatches=4),)),
     vectors=Vectors(
-        params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
-            "eps_low": "terms.clip_low",
-            "eps_high": "terms.clip_high",
-        },
         outputs=reported("prefix_min_ratio", "unclipped_weight", "is_weight"),
     ),
 )

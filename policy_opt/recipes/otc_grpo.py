@@ -41,7 +41,6 @@ recipe: Recipe = GRPO.replace(
             "c": "reward.c",
             "alpha": "reward.alpha",
             "correct_threshold": "reward.correct_above",
-            "std_ddof": "advantage.ddof",
             "eps": "advantage.eps",
         },
         outputs={

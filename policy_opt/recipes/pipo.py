@@ -39,7 +39,7 @@ from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
 from policy_opt.surrogates import K3, Clip, Streams, check_widths, log_ratio, ratio
 from policy_opt.terms import Loss, Term
-from policy_opt.vectors import Trace, Vectors, aggregation
+from policy_opt.vectors import Trace, Vectors
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,6 @@ recipe = Recipe(
             "grpo_eps": "advantage.eps",
             "gate_min": "advantage.low",
             "gate_max": "advantage.high",
-            "loss_agg": aggregation,
         },
         arrange=rewarded,
         prime=remember,

@@ -38,10 +38,7 @@ recipe = Recipe(
         params={
             "gamma": "advantage.gamma",
             "lam": "advantage.lam",
-            "clip_eps": ("terms.clip_low", "terms.clip_high"),
-            "value_clip": "terms.value_clip",
             "kl_reward_beta": "reward.kl_beta",
-            "dual_clip_c": "terms.dual_clip",
         },
         outputs={
             "loss": lambda t: t.term("policy")[0],

@@ -108,8 +108,6 @@ recipe = Recipe(
             "alpha": "advantage.alpha",
             "low_prob_fraction": "advantage.low_prob_fraction",
             "gate": "advantage.eligible",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
         },
         columns={"prompt_logps": ("logp_prompt_BT",), "real": ("real_BT",)},
         arrange=behind_prompt,

@@ -26,7 +26,7 @@ from policy_opt.recipe import Recipe
 from policy_opt.schedule import Schedule, Step
 from policy_opt.terms import Term
 from policy_opt.trust import RatioVariance
-from policy_opt.vectors import Trace, Vectors, aggregation
+from policy_opt.vectors import Trace, Vectors
 
 
 def effective_weight(t: Trace) -> Tensor:
@@ -58,13 +58,10 @@ recipe = Recipe(
     variants={"replay": ("schedule.source=replay(groups=16, capacity=64, fresh=True)",)},
     vectors=Vectors(
         params={
-            "adv_eps": "advantage.eps",
-            "std_ddof": "advantage.ddof",
             "lambda": "terms.coef.start",
             "delta": "terms.budget",
             "dual_lr": "terms.coef.rate",
             "lambda_max": "terms.coef.limit",
-            "loss_agg": aggregation,
         },
         outputs={
             "surrogate": lambda t: -t.term("policy")[0],

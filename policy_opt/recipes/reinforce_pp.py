@@ -44,7 +44,6 @@ recipe = Recipe(
             "variant": lambda recipe, name: recipe.set("variant=baseline") if "baseline" in name else recipe,
             "gamma": optional("advantage.gamma"),
             "kl_reward_beta": optional("reward.kl_beta"),
-            "clip_eps": ("terms.clip_low", "terms.clip_high"),
         },
         outputs={
             "token_rewards": lambda t: t["token_reward_BT"],

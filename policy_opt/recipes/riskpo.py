@@ -32,7 +32,7 @@ from policy_opt.mapping import by_id, numbered, optional, own
 from policy_opt.recipe import Recipe
 from policy_opt.surrogates import SequenceClip
 from policy_opt.terms import Term
-from policy_opt.vectors import Trace, Vectors, aggregation
+from policy_opt.vectors import Trace, Vectors
 
 
 def released(recipe: Recipe, w_mix: float) -> Recipe:
@@ -117,11 +117,6 @@ recipe = Recipe(
             "norm_by_bundle_std": "advantage.normalise",
             "credit": lambda recipe, rule: recipe.set(f"advantage.rule={rule.replace('-', '_')}"),
             "eps": optional("advantage.tail_risk.eps", "advantage.share_out.eps"),
-            "clip": ("terms.clip_low", "terms.clip_high"),
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
-            "dual_clip_c": "terms.dual_clip",
-            "loss_agg": aggregation,
             "lr_q": "advantage.rate",
         },
         columns={"bundle": lambda ids: {"bundle_B": torch.tensor(numbered(ids))}},

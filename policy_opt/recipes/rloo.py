@@ -33,7 +33,7 @@ recipe = Recipe(
     ),
     variants={"clip": ("terms.reinforce.coef=0", "terms.clip.coef=1")},
     vectors=Vectors(
-        params={"kl_reward_beta": "reward.kl_beta", "clip_eps": ("terms.clip_low", "terms.clip_high")},
+        params={"kl_reward_beta": "reward.kl_beta"},
         outputs={
             "rewards_with_kl": lambda t: t["reward_B"],
             "loss_reinforce": lambda t: t.term("reinforce")[0],

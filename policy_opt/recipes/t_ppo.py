@@ -80,9 +80,6 @@ recipe = Recipe(
         params={
             "gamma": "advantage.gamma",
             "lam": "advantage.lam",
-            "clip_low": "terms.clip_low",
-            "clip_high": "terms.clip_high",
-            "value_clip": "terms.value_clip",
             "value_loss": (),
             "loss_agg": (),
         },
