@@ -69,6 +69,11 @@ class Member:
         """What its optimizer steps."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The model's state by name, without the weights under its adapters; the tensors are its own."""
+        state = self.model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name not in self.base}
+
     def step(self, world: World, lr_scale: float) -> float:
         """Sum gradients over processes, clip, step, clear; the gradient's norm before clipping.
 
@@ -192,7 +197,7 @@ class Bank:
         """
         return {
             name: {
-                "model": {name: collect(t.detach()) for name, t in _own_state(m).items()},
+                "model": {name: collect(t.detach()) for name, t in m.own_state().items()},
                 "base": self.fingerprint if name == "policy" else None,
                 "optimizer": optim.state_of(m.optimizer, m.model) if m.optimizer is not None else None,
                 "steps": m.steps,
@@ -210,16 +215,10 @@ class Bank:
             raise CheckpointError("the adapters belong to another base model, or its weights have changed since")
         for name, entry in state.items():
             member = self.members[name]
-            load_tensors(_own_state(member), entry["model"], f"model `{name}` of the checkpoint")
+            load_tensors(member.own_state(), entry["model"], f"model `{name}` of the checkpoint")
             if member.optimizer is not None:
                 optim.restore(member.optimizer, member.model, entry["optimizer"])
             member.steps = entry["steps"]
-
-
-def _own_state(member: Member) -> dict[str, Tensor]:
-    """A model's state by name, without the weights under its adapters."""
-    state = member.model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if name not in member.base}
 
 
 def _merged(own: Optim, run: OptimConfig) -> OptimConfig:

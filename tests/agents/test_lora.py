@@ -168,9 +168,8 @@ def test_reference_average_and_critic_share_the_base_weights():
     model = stirred(adapted())
     one = learner(model)
     one.prepare({"ref": REFERENCE, "ema": ModelSpec("copy", ema=0.9), "critic": CRITIC}, [], None)
-    base = lora.frozen(model)
     for name in ("ref", "ema", "critic"):
-        own = lora.own_state(one.bank[name].model, base)
+        own = one.bank[name].own_state()
         assert {n for n in own if "lora_" not in n} == ({"head.weight", "head.bias"} if name == "critic" else set())
         theirs = {id(p) for p in one.bank[name].model.parameters()}
         assert not theirs & {id(p) for p in model.parameters() if p.requires_grad}

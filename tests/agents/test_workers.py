@@ -248,7 +248,7 @@ def test_a_worker_that_hangs_is_ended_and_counted(start) -> None:
     played = talk(pool, threads=1)
     assert [t.stop_reason for t in played] == ["answered", "error:WorkerTimeout", *["answered"] * 2,
                                                "error:WorkerTimeout", "answered"]  # fmt: skip
-    assert played[1].facts["error"] == "no answer within 0.5 s"
+    assert played[1].facts["error"] == "no answer within 1.5 s"
     assert pool.losses == {"WorkerTimeout": 2} and gone(first[0])
     assert pool.news() == ["environment workers lost: 2 x WorkerTimeout"]
 
