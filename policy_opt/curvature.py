@@ -28,7 +28,7 @@ from policy_opt.batch import Batch
 from policy_opt.need import Hidden, Need, TopKIds, TopKLogProb
 from policy_opt.part import Ctx, Part
 
-LN2 = math.log(2)
+LOG2_E = math.log2(math.e)
 CACHED, CHUNK = 2**17, 2**26
 """Numbers of a [tokens, ids] or [tokens, ids, hidden] tensor held at once: on a processor with a cache; elsewhere."""
 
@@ -165,8 +165,15 @@ def contractions(n: Tokens, adam: AdamStep | None) -> Tensor:
     """
     w_NV = adam(n) if adam else n.v_NV
     scale_N = torch.ones_like(n.adv_N) if adam else n.adv_N * n.hidden_ND.square().sum(1)
-    pw_NV = n.pi_NV * w_NV
-    return torch.stack([summed(n.v_NV * w_NV), summed(pw_NV), summed(pw_NV.mul_(w_NV)), scale_N, n.adv_N])
+    s_N, pw_NV = summed(n.v_NV * w_NV), n.pi_NV * w_NV
+    mean_N = summed(pw_NV)
+    square_N = summed(pw_NV.mul_(w_NV))
+    return torch.stack([s_N, mean_N, square_N, scale_N, n.adv_N])
+
+
+def where_acted(b: Batch) -> Tensor:
+    """Where policy tokens stand, of all B T: [N]."""
+    return b.mask_BT.flatten().nonzero().squeeze(1)
 
 
 def summed(x_NV: Tensor) -> Tensor:
@@ -224,7 +231,7 @@ class Curvature(Part):
         for here_C in here_N.split(at_once(here_N, b[names[0]].shape[2])):
             sampled_N, adv_N, logp_NV, ids_NV, hidden_ND = (x.index_select(0, here_C) for x in columns)
             # Log-probs of the most likely ids: exp cannot overflow, nor underflow for all of them.
-            pi_NV = logp_NV.to(hidden_ND.dtype).mul_(1 / LN2).exp2_()  # which is quicker than exp
+            pi_NV = logp_NV.to(hidden_ND.dtype).mul_(LOG2_E).exp2_()  # which is quicker than exp
             pi_NV /= summed(pi_NV)[:, None]
             sampled_N1 = sampled_N.int()[:, None]  # numbers of half the size are compared in half the time
             v_NV = torch.eq(ids_NV.int(), sampled_N1, out=torch.empty_like(pi_NV)).sub_(pi_NV)
@@ -236,7 +243,7 @@ class Curvature(Part):
         adam = None
         if self.model == "adam" and len(moments.ids_M):
             adam = AdamStep.after(moments, self.beta1, self.beta2, self.eps)
-        here_N = b.mask_BT.flatten().nonzero().squeeze(1)
+        here_N = where_acted(b)
         found = [contractions(n, adam) for n in self.tokens(b, here_N)]
         s_N, mean_N, square_N, scale_N, adv_N = torch.cat(found, 1)
         s_N, mean_N, square_N = scale_N * s_N, scale_N * mean_N, scale_N.square() * square_N
@@ -272,7 +279,7 @@ class Curvature(Part):
             return
         moments = Moments.of(ctx.state(self), b["hidden_now_BTD"][0])
         ids_M, mean_MD = moments.ids_M[:0], moments.first_MD[:0]
-        here_N = b.mask_BT.flatten().nonzero().squeeze(1)
+        here_N = where_acted(b)
         if len(here_N):
             n = Tokens(*(torch.cat(x) for x in zip(*self.tokens(b, here_N), strict=True)))
             ids_M, mean_MD = mean_gradient(n)

@@ -96,7 +96,8 @@ class SweetSpot(Part):
     """What full proximity is worth, in [0, 1]."""
     zones: int = 4
     """K: few are near to a binary reward, many to a noisy continuous one."""
-    rule: Literal["upper", "lower"] = "lower"
+    rule: Literal["upper", "lower"] | None = None
+    """None: upper for the proximity of a click, which is a distance; lower for everything else."""
     by: str = "proximity_B"
     """Proximity in [0, 1]: one per row, or several (steps, blocks) in a column [B, S] with NaN where a row has none."""
     outcome: str = "correct_B"
@@ -140,7 +141,8 @@ class SweetSpot(Part):
     def zone(self, near: Tensor) -> Tensor:
         """The value of the zone of each proximity, float64."""
         scaled, slack = near.clamp(0, 1).double() * self.zones, ROUNDING.get(near.dtype, 1e-6)
-        k = (scaled - slack).ceil() if self.rule == "upper" else (scaled + slack).floor()
+        rule = self.rule or ("upper" if self.by == "click_proximity_B" else "lower")
+        k = (scaled - slack).ceil() if rule == "upper" else (scaled + slack).floor()
         k = k.clamp(0, self.zones)
         return k / self.zones if self.values == "linear" else (k.exp2() - 1) / (2**self.zones - 1)
 

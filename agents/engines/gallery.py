@@ -62,7 +62,8 @@ class Gallery:
         self._look()
         shown_1N = plan.ids_N[None] < 0
         ids_1N = plan.ids_N[None].clamp(min=0)
-        seen = self._seen if plan.fed is not None else None  # what is sampled is no placeholder
+        some = plan.fed is not None and bool(shown_1N.any())  # what is sampled is no placeholder
+        seen = self._seen if some else None
         fed = embedded(trunk_of(self.model), ids_1N, shown_1N, -1 - plan.ids_N[None], seen)
         out = decoder_of(self.model)(**fed, position_ids=plan.pos_N[:, None], **more)
         return out.last_hidden_state[0]

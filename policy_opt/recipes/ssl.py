@@ -7,7 +7,7 @@ by differ, so that a group of failures still teaches, while noise inside a zone 
     Z_i = floor(K S_i + 1e-9) / K (progress: steps, cells)  or  ceil(K S_i - 1e-9) / K (distance: clicks)
     R_i = C_i + alpha Z_i,   C_i in {0, 1};   then A_i and the loss of GRPO
 
-A click: `signals=click_proximity` with `reward.by=click_proximity_B`, `reward.rule=upper`; a grid:
+A click: `signals=click_proximity` with `reward.by=click_proximity_B`; a grid:
 `signals=block_proximity` with `reward.by=blocks_BS`, `reward.several=zones`. Read in secondary summaries: the form of
 R, K = 4, aggregation before the zones, Gaussian fields for clicks, blocks for grids. Reconstructed: width of the
 Gaussian, borders and values of the zones, alpha, the block rule, that failures are paid too; each is an option.
@@ -30,9 +30,10 @@ from policy_opt.vectors import Trace, Vectors
 
 
 def clicks(recipe: Recipe, sigma: float = 0.5) -> Recipe:
-    """The recipe on clicks and boxes: by distance, whose zones are paid by the upper rule."""
-    columns = "reward.by=click_proximity_B", "reward.outcome=click_inside_B", "reward.rule=upper"
-    return recipe.set(f"signals=click_proximity(sigma={sigma})", *columns)
+    """The recipe on clicks and boxes."""
+    return recipe.set(
+        f"signals=click_proximity(sigma={sigma})", "reward.by=click_proximity_B", "reward.outcome=click_inside_B"
+    )
 
 
 def grids(recipe: Recipe, block: int = 3) -> Recipe:
@@ -102,7 +103,7 @@ recipe: Recipe = GRPO.replace(
     evidence="abstract and secondary summaries; zones, widths and alpha reconstructed",
     deviations="everything that the summaries do not say: see the docstring",
     reconstructed=True,
-    reward=(SweetSpot(alpha=0.5, zones=4, rule="lower"),),
+    reward=(SweetSpot(alpha=0.5, zones=4),),
     vectors=Vectors(
         params={
             "sigma_fraction_of_size": clicks,

@@ -114,6 +114,15 @@ def test_what_a_case_shows_by_itself_need_not_be_said(method: str, number: int, 
     assert conformance.difference(outputs(method, inputs, params, *wanted), want)[1] == ""
 
 
+def test_a_rule_that_is_said_stands_whatever_else_is_left_out() -> None:
+    inputs, params, _ = case_of("ssl", 0)
+    params["zone_rule"] = "lower: floor"
+    want = outputs("ssl", inputs, params, "zone_score")
+    del params["sigma_fraction_of_size"]
+    assert outputs("ssl", inputs, params, "zone_score") == want
+    assert want != outputs("ssl", inputs, {**params, "zone_rule": "upper"}, "zone_score")
+
+
 def test_far_below_the_reference_the_penalty_goes_on_growing() -> None:
     """k3 is linear there, and cannot overflow."""
     inputs, params, _ = case_of("grpo")

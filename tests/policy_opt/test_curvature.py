@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from policy_opt import Batch, Ctx, curvature
 from policy_opt.advantages import GroupNorm
-from policy_opt.curvature import Curvature, Moments
+from policy_opt.curvature import Curvature, Moments, where_acted
 from tests.policy_opt.test_token_credit import B, D, T, V, assert_same_step, get, quick, random_batch, seeds, stream
 
 
@@ -62,14 +62,14 @@ def test_the_moments_are_those_of_adam_on_the_head():
         found = part(b, ctx)
         if seed:
             # u is what Adam would do: <g, u> from its own formula.
-            (n,) = part.tokens(b, b.mask_BT.flatten().nonzero().squeeze(1))
+            (n,) = part.tokens(b, where_acted(b))
             g_VD = n.rows_NV[0][:, None] * n.hidden_ND[0]
             m_VD, s_VD = state.look(n.ids_NV[0])
             m_VD, s_VD = (0.9 * m_VD + 0.1 * g_VD) / (1 - 0.9 ** (seed + 1)), 0.999 * s_VD + 0.001 * g_VD.square()
             u_VD = m_VD / ((s_VD / (1 - 0.999 ** (seed + 1))).sqrt() + 1e-8)
             assert float(found["gain_BT"].sum()) == pytest.approx(float((g_VD * u_VD).sum()))
         part.after_step(found, ctx)
-        (n,) = part.tokens(b, b.mask_BT.flatten().nonzero().squeeze(1))
+        (n,) = part.tokens(b, where_acted(b))
         weight.grad = torch.zeros_like(weight).index_copy_(0, n.ids_NV[0], n.rows_NV[0][:, None] * n.hidden_ND[0])
         adam.step()
     state, theirs = ctx.state(part), adam.state[weight]
